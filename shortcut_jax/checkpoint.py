@@ -1,0 +1,141 @@
+"""Checkpoints: train state, data position and clock, written by orbax, asynchronously and atomically.
+
+A step becomes visible by the renaming of its finished directory, so a kill during a save leaves the
+previous one in place. EMA parameters can be read alone, on any mesh, for evaluation.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from shortcut_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, in WORKDIR/checkpoints/STEP/{state,meta}.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest to keep.
+      read_only: for evaluation beside a run: creates and removes nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: int, read_only: bool = False):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._report_unfinished()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Step of the newest finished checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of all finished checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts writing; returns when the device arrays have been copied and may be donated.
+
+        Args:
+          step: number of updates done.
+          state: tree of arrays, in which parameters and EMA are top-level entries.
+          meta: JSON data: data position, clock, config.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(dict(state)), meta=ocp.args.JsonSave(dict(meta))
+            ),
+        )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON part of a checkpoint.
+
+        Raises:
+          UserError: it is missing or unreadable.
+        """
+        path = self.directory / str(step) / "meta" / "metadata"
+        try:
+            meta = json.loads(path.read_text())
+            return {key: meta[key] for key in ("config", "data", "clock")} | meta
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unreadable(step, f"{path.name}: {error!r}") from error
+
+    def restore(self, step: int, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads the entries of the state that `shapes` has, straight onto their devices.
+
+        Args:
+          step: one of `steps()`.
+          shapes: tree of jax.ShapeDtypeStruct with shardings: all of the state or some of its
+            top-level entries.
+
+        Raises:
+          UserError: the checkpoint cannot be read as that.
+        """
+        item = dict(shapes)
+        try:
+            return self._reader().restore(
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                ),
+            )
+        # What orbax and tensorstore raise for damaged files is not documented.
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise self._unreadable(step, str(error)) from error
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the manager."""
+        self._manager.close()
+
+    def _reader(self) -> ocp.Checkpointer:
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    def _unreadable(self, step: int, found: str) -> UserError:
+        others = [s for s in self.steps() if s != step]
+        fix = (
+            f"move that directory away to continue from step {others[-1]}"
+            if others
+            else "move that directory away to start again, or restore it from a copy"
+        )
+        first_line = " ".join(found.split())[:300]
+        return UserError(
+            f"checkpoint {self.directory / str(step)} cannot be read ({first_line}); expected a "
+            f"whole checkpoint of this run: {fix}."
+        )
+
+    def _report_unfinished(self) -> None:
+        unfinished = sorted(self.directory.glob("*orbax-checkpoint-tmp*"))
+        for path in unfinished:
+            logging.warning(
+                "Checkpoint %s was not finished (the process died while saving); it is ignored and "
+                "the newest finished one is used.",
+                path.name.partition(".")[0],
+            )
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Trees of shapes and of shardings to one tree of jax.ShapeDtypeStruct with shardings."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )

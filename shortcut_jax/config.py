@@ -1,0 +1,365 @@
+"""The configuration: every key with its default, the variants by argument, and validation.
+
+A config is a contract: locked, every key read by something, checked as a whole before any device
+work. `configs/*.py` start from `default()` and change what their data set needs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, get_args, get_type_hints
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from shortcut_jax import objectives
+from shortcut_jax.errors import UserError
+from shortcut_jax.models import dit
+
+# What the released code does wherever it differs from the paper (docs/differences.md).
+AUTHORS_CODE = {
+    "objective.bootstrap_fraction": 0.125,
+    "objective.step_size_sampling": "stratified",
+    "objective.flow_time_grid": 128,
+    "objective.noise_floor": 1e-5,
+    "objective.bootstrap_clip": 4.0,
+    "objective.reuse_images": True,
+    "model.attention_scale": "linear",
+    "model.time_scale": 1.0,
+    "model.step_embedding": "log2",
+    "model.modulation_init": "xavier",
+    "eval.params": "online",
+}
+
+
+def default() -> ConfigDict:
+    """Every key. The values are the paper's (DiT-B/2, its Table of hyperparameters) where it has one."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "total_steps": 400_000,
+            "batch_size": 256,  # over all devices
+            "ema_rate": 0.999,  # per step; EMA parameters make bootstrap targets and samples
+            "data": {
+                "name": "digits",
+                "split": "train",
+                "data_dir": "",  # "" = $TFDS_DATA_DIR or ~/tensorflow_datasets
+                "flip": False,  # mirror half of the images
+            },
+            "objective": {"name": "shortcut", **objectives.options("shortcut")},
+            "model": {
+                "patch_size": 2,
+                **dit.SIZES["B"],
+                "mlp_ratio": 4.0,
+                "attention_scale": "sqrt",  # sqrt | linear: 1 / head_dim**0.5 | 1 / head_dim
+                "time_scale": 1000.0,
+                "step_embedding": "d",  # d | log2
+                "modulation_init": "zero",  # zero | xavier
+                "dtype": "auto",  # of matrix products: float32 on a CPU, bfloat16 elsewhere
+            },
+            "optimizer": {
+                "lr": 1e-4,
+                "schedule": "constant",  # constant | cosine (to 0 at total_steps)
+                "warmup_steps": 0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.1,  # of every parameter
+                "on_nonfinite": "stop",  # stop | skip: what a non-finite loss or gradient does
+            },
+            "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes the rest
+            "checkpoint": {"every": 10_000, "keep": 3},
+            "log": {"every": 100, "tensorboard": True},
+            "eval": {
+                "every": 20_000,  # in-loop, 0 = never; the evaluation binary ignores it
+                "num_samples": 50_000,
+                "batch_size": 256,
+                "steps": (1, 2, 4, 8, 16, 32, 64, 128),
+                "steps_in_loop": (1, 4, 128),
+                "metrics": ("fd_digits",),
+                "params": "ema",  # ema | online
+                "seed": 0,
+                "grid_rows": 10,
+            },
+        }
+    )
+
+
+# Keys that a resumed run may change: none of them decides what is trained.
+MAY_CHANGE_ON_RESUME = (
+    "data.data_dir",
+    "data.idx_dir",
+    "mesh",
+    "checkpoint",
+    "log",
+    "eval",
+    "optimizer.on_nonfinite",
+)
+
+
+# ---------------------------------------------------------------------- variants by argument
+
+
+def build(
+    arg: str | None,
+    base: Callable[[ConfigDict], None],
+    variants: Mapping[str, Callable[[ConfigDict], None]],
+) -> ConfigDict:
+    """A config file's `get_config(arg)`: defaults, then the file, then what the argument says.
+
+    Args:
+      arg: what follows the colon in --config=configs/x.py:ARG, a comma-separated list of
+        "objective=NAME", "model=SIZE/PATCH" (e.g. B/2), "authors_code", and names in `variants`.
+      base: sets the file's own values.
+      variants: named changes the file offers, e.g. {"small": ...}.
+
+    Returns:
+      A locked config.
+
+    Raises:
+      UserError: an argument that is not known, naming the known ones.
+    """
+    config = default()
+    base(config)
+    words = [word.strip() for word in (arg or "").split(",") if word.strip()]
+    # The objective first: its section must exist before a variant or preset sets keys in it.
+    for word in sorted(words, key=lambda word: not word.startswith("objective=")):
+        key, _, value = word.partition("=")
+        if key == "objective" and value:
+            _set_objective(config, value)
+        elif key == "model" and value:
+            config.model.update(_model_size(value))
+        elif word in ("authors_code", "authors_code=True"):
+            _set_authors_code(config)
+        elif word in variants:
+            variants[word](config)
+        else:
+            known = ["objective=NAME", "model=SIZE/PATCH", "authors_code", *variants]
+            raise UserError(
+                f"--config argument {word!r} is not known; expected one of {', '.join(known)}."
+            )
+    config.lock()
+    return config
+
+
+def _set_objective(config: ConfigDict, name: str) -> None:
+    options = objectives.options(name)
+    shared = {key: value for key, value in config.objective.items() if key in options}
+    config.objective = ConfigDict({"name": name, **options, **shared})
+
+
+def _model_size(text: str) -> dict[str, int]:
+    size, _, patch = text.partition("/")
+    if size not in dit.SIZES or patch not in map(str, dit.PATCHES):
+        raise UserError(
+            f"--config argument model={text} is not SIZE/PATCH with SIZE one of "
+            f"{', '.join(dit.SIZES)} and PATCH one of {', '.join(map(str, dit.PATCHES))}."
+        )
+    return {**dit.SIZES[size], "patch_size": int(patch)}
+
+
+def _set_authors_code(config: ConfigDict) -> None:
+    for path, value in AUTHORS_CODE.items():
+        section, key = path.split(".")
+        if key in config[section]:  # flow matching has no bootstrap keys
+            config[section][key] = value
+
+
+# ---------------------------------------------------------------------- resolved configs
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict | FrozenConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines "key: old -> new" for every flat key that a resumed run may not change."""
+
+    def fixed(key):
+        if key == "total_steps":  # more steps of a constant schedule continue the same run
+            return new.get("optimizer.schedule") != "constant"
+        return not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE_ON_RESUME)
+
+    absent = "(absent)"
+    return [
+        f"{key}: {old.get(key, absent)} -> {new.get(key, absent)}"
+        for key in sorted(old.keys() | new.keys())
+        if fixed(key) and old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+# ---------------------------------------------------------------------- validation
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    """Checks all of the config that can be known without devices.
+
+    Args:
+      config: the config.
+      image_shape: (H, W, C) of the data set.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    flat = flatten(config)
+    _check_ranges(flat)
+    _check_choices(flat)
+    _check_model(config.model, image_shape)
+    _check_metrics(config.eval.metrics, image_shape)
+    objective = build_objective(config, num_classes=0)
+    objective.validate(config.batch_size, num_shards=1)
+    for name in ("steps", "steps_in_loop"):
+        check(len(config.eval[name]) > 0, f"eval.{name} is empty; give at least one step count.")
+        for steps in config.eval[name]:
+            check(isinstance(steps, int), f"eval.{name} holds {steps!r}; expected whole numbers.")
+            objective.check_steps(steps)
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> tuple[int, int]:
+    """Checks that the mesh fits the devices and the batches fit the mesh.
+
+    Args:
+      config: the config.
+      num_devices: devices over all processes.
+
+    Returns:
+      Sizes of the mesh axes (data, fsdp).
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    axes = mesh_shape(config.mesh, num_devices)
+    shards = math.prod(axes)
+    build_objective(config, num_classes=0).validate(config.batch_size, shards)
+    check(
+        config.eval.batch_size % shards == 0,
+        f"eval.batch_size={config.eval.batch_size} cannot be split over {shards} devices; "
+        f"use a multiple of {shards}.",
+    )
+    return axes
+
+
+def build_objective(config: ConfigDict, num_classes: int) -> objectives.Objective:
+    """The objective of the config.
+
+    Raises:
+      UserError: the keys of the section are not those of the objective it names.
+    """
+    section = config.objective.to_dict()
+    name = section.pop("name")
+    expected = objectives.options(name)
+    check(
+        section.keys() == expected.keys(),
+        f"objective.name={name} does not go with the keys of another objective "
+        f"({', '.join(sorted(section.keys() ^ expected.keys()))}); choose the objective by the "
+        f"config argument instead, --config=FILE.py:objective={name}.",
+    )
+    return objectives.build(name, num_classes, **section)
+
+
+def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int]:
+    """(data, fsdp) with -1 replaced by the devices that are left.
+
+    Raises:
+      UserError: the product is not the number of devices.
+    """
+    sizes = {axis: mesh[axis] for axis in ("data", "fsdp")}
+    check(
+        all(size == -1 or size > 0 for size in sizes.values())
+        and list(sizes.values()).count(-1) <= 1,
+        f"mesh={sizes} must hold positive sizes and at most one -1 (= the rest).",
+    )
+    known = math.prod(size for size in sizes.values() if size > 0)
+    filled = {axis: num_devices // known if size == -1 else size for axis, size in sizes.items()}
+    check(
+        math.prod(filled.values()) == num_devices,
+        f"mesh={sizes} does not fit {num_devices} device(s): its product must be {num_devices}; "
+        "use -1 for one axis to take the rest.",
+    )
+    return filled["data"], filled["fsdp"]
+
+
+_POSITIVE = (
+    "total_steps", "batch_size", "model.patch_size", "model.hidden_size", "model.depth",
+    "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr", "optimizer.eps",
+    "checkpoint.every", "checkpoint.keep", "log.every", "eval.num_samples", "eval.batch_size",
+    "eval.grid_rows",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",
+    "objective.cfg_scale", "objective.flow_time_grid", "objective.bootstrap_clip",
+)  # fmt: skip
+_IN_0_1 = ("ema_rate", "optimizer.b1", "optimizer.b2", "objective.noise_floor")  # 1 excluded
+_PROBABILITIES = ("objective.class_dropout",)
+_CHOICES = {
+    "model.attention_scale": ("sqrt", "linear"),
+    "model.step_embedding": ("d", "log2"),
+    "model.modulation_init": ("zero", "xavier"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.on_nonfinite": ("stop", "skip"),
+    "eval.params": ("ema", "online"),
+}
+
+
+def _check_ranges(flat: Mapping[str, Any]) -> None:
+    def each(keys, holds, expected):
+        for key in keys:
+            if key in flat:
+                check(holds(flat[key]), f"{key}={flat[key]} is out of range: expected {expected}.")
+
+    each(_POSITIVE, lambda v: v > 0, "a value above 0")
+    each(_NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
+    each(_IN_0_1, lambda v: 0 <= v < 1, "0 <= value < 1")
+    each(_PROBABILITIES, lambda v: 0 <= v <= 1, "a probability between 0 and 1")
+    each(("seed", "eval.seed"), lambda v: v < 2**32, "a seed below 2**32")
+
+
+def _check_choices(flat: Mapping[str, Any]) -> None:
+    name = flat["objective.name"]
+    objectives.options(name)  # raises for an unknown name
+    hints = get_type_hints(objectives.OBJECTIVES[name])
+    fields = dataclasses.fields(objectives.OBJECTIVES[name])  # type: ignore[arg-type]
+    literals = {f"objective.{f.name}": get_args(hints[f.name]) for f in fields}
+    for key, choices in {**_CHOICES, **literals}.items():
+        if choices and key in flat:
+            check(flat[key] in choices, f"{key}={flat[key]!r} is not one of {', '.join(choices)}.")
+
+
+def _check_model(model: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    height, width, _ = image_shape
+    p = model.patch_size
+    check(
+        height == width and height % p == 0,
+        f"model.patch_size={p} does not divide images of {height}x{width}; use a divisor.",
+    )
+    check(
+        model.hidden_size % model.num_heads == 0,
+        f"model.hidden_size={model.hidden_size} is not a multiple of "
+        f"model.num_heads={model.num_heads}; heads must divide it.",
+    )
+    check(
+        model.hidden_size % 4 == 0,
+        f"model.hidden_size={model.hidden_size} is not a multiple of 4, which the position "
+        "embedding needs (sine and cosine of row and column).",
+    )
+
+
+def _check_metrics(names: tuple[str, ...], image_shape: tuple[int, int, int]) -> None:
+    from shortcut_jax import metrics
+
+    check(len(names) > 0, "eval.metrics is empty; give at least one metric.")
+    for name in names:
+        metrics.check_metric(name, image_shape)

@@ -1,0 +1,115 @@
+"""Batches of a data set as a pure function of the seed and the step.
+
+Row r of step s is element k = s * batch_size + r of one endless sequence: position k % N in the
+permutation of the N rows that belongs to epoch k // N. Which image that is depends neither on the
+number of processes nor on where a run was interrupted: the only state to save is the step.
+"""
+
+import functools
+import hashlib
+import threading
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from shortcut_jax.data.sources import Dataset
+from shortcut_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def random_bits(seed: int, stream: str, index: int, count: int) -> np.ndarray:
+    """Draws uint64 [count] from the Philox generator of (seed, stream, index).
+
+    numpy keeps this raw output the same in every version, which it does not promise of
+    `Generator.permutation` and its like.
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()
+    return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+
+
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Returns the order of the rows in an epoch: int64 [size], each of 0..size-1 once."""
+    return np.argsort(random_bits(seed, "epoch", epoch, size), kind="stable")
+
+
+def flips(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Returns which rows of a global batch are mirrored: bool [batch_size], each with odds 1/2."""
+    return random_bits(seed, "flip", step, batch_size) % 2 == 1
+
+
+def batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    flip: bool = False,
+    num_threads: int = 2,
+    prefetch: int = 8,
+) -> grain.DatasetIterator[Batch]:
+    """Iterates over this process's rows of the batches start_step .. start_step + num_steps - 1.
+
+    Process p of P owns the contiguous rows [p * b, (p + 1) * b), b = batch_size / P, of every
+    global batch. Batches are made ahead of time in threads; `close()` stops them early.
+
+    Args:
+      batch_size: rows of the global batch.
+      flip: mirror each row left-right with probability 1/2.
+      num_threads: threads that make batches; 0 makes each when it is asked for.
+      prefetch: batches made ahead.
+
+    Returns:
+      Iterator of {"image": float32 [b, H, W, C] in -1..1, "label": int32 [b]}.
+
+    Raises:
+      UserError: batch_size is not a positive multiple of process_count.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} cannot be shared equally by the processes; expected a "
+            f"positive multiple of their number, {process_count}: change batch_size."
+        )
+    share = batch_size // process_count
+    owned = np.arange(process_index * share, (process_index + 1) * share)
+    epoch_order = _cached_order(seed, dataset.size)
+
+    def make_batch(step: int) -> Batch:
+        indices = _row_indices(step * batch_size + owned, dataset.size, epoch_order)
+        rows = dataset.rows(indices)
+        image = rows["image"].astype(np.float32) / 127.5 - 1
+        if flip:
+            mirrored = flips(seed, step, batch_size)[owned]
+            image[mirrored] = image[mirrored, :, ::-1]
+        return {"image": image, "label": rows["label"]}
+
+    steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+
+
+def _row_indices(
+    sequence: np.ndarray, size: int, epoch_order: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """Maps ascending sequence indices k [n] to rows of the data set [n]; may span epochs."""
+    epochs, positions = np.divmod(sequence, size)
+    indices = np.empty_like(positions)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        here = epochs == epoch
+        indices[here] = epoch_order(epoch)[positions[here]]
+    return indices
+
+
+def _cached_order(seed: int, size: int) -> Callable[[int], np.ndarray]:
+    """`permutation` of the last two epochs, which are all that neighbouring batches need."""
+    cached = functools.lru_cache(maxsize=2)(lambda epoch: permutation(seed, epoch, size))
+    lock = threading.Lock()  # One thread sorts while the others wait, instead of all sorting.
+
+    def order(epoch: int) -> np.ndarray:
+        with lock:
+            return cached(epoch)
+
+    return order

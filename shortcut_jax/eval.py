@@ -1,0 +1,88 @@
+"""Evaluates a run: python -m shortcut_jax.eval --config=configs/digits.py --workdir=runs/digits."""
+
+from pathlib import Path
+
+from absl import flags, logging
+
+from shortcut_jax import cli
+from shortcut_jax.errors import UserError
+
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest if not given.")
+SAVE_SAMPLES = flags.DEFINE_string(
+    "save_samples",
+    None,
+    "Write all samples to this .npz: arr_0 uint8 NHWC, arr_1 labels. With several numbers of "
+    "sampling steps, one file each: NAME_4.npz.",
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be evaluated, and stop.")
+
+
+def main() -> None:
+    """Samples from one checkpoint, measures, and writes results, pictures and samples."""
+    import jax
+
+    from shortcut_jax import checkpoint, data, evaluation, run, sharding, state
+
+    config, workdir = cli.CONFIG.value, cli.workdir()
+    if SAVE_SAMPLES.value and not SAVE_SAMPLES.value.endswith(".npz"):
+        raise UserError(f"--save_samples={SAVE_SAMPLES.value} must end in .npz.")
+    setup = run.prepare(config)
+    run.check_workdir_for_evaluation(config, workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
+    step = choose_step(checkpoints)
+    if DRY_RUN.value:
+        print(run.summary(setup))
+        print(f"checkpoint           {checkpoints.directory / str(step)}")
+        return
+
+    dataset = data.open_dataset(**run.dataset_args(config))
+    shapes = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, config.seed)
+    )
+    shardings = sharding.shard_tree(shapes, setup.mesh)
+    name = state.PARAMS_FIELD[config.eval.params]
+    params = checkpoints.restore(step, {name: checkpoint.with_shardings(shapes, shardings)})[name]
+    logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
+
+    evaluator = evaluation.Evaluator(setup, dataset, shardings)
+    keep = config.eval.num_samples if SAVE_SAMPLES.value else 0
+    found = evaluator.run(params, step, config.eval.steps, keep)
+    if SAVE_SAMPLES.value and jax.process_index() == 0:
+        save_samples(Path(SAVE_SAMPLES.value), found)
+    folder = evaluation.report(workdir, found.first_rows(config.eval.grid_rows))
+    if folder is not None:
+        print(evaluation.table(found.records))
+        print(
+            f"\nsamples   {folder / 'samples.png'}   rows: the same noise, columns: sampling steps"
+        )
+        print(f"curve     {folder / 'curve.png'}   distance against sampling steps")
+        print(f"results   {folder.parent / 'results.jsonl'}   every number with its protocol")
+
+
+def choose_step(checkpoints) -> int:
+    """--step, or the newest finished checkpoint (UserError if there is none)."""
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(
+            f"{checkpoints.directory} holds no finished checkpoint; expected at least one: train "
+            "first, or wait for the first save."
+        )
+    if STEP.value is not None and STEP.value not in steps:
+        raise UserError(f"--step={STEP.value} is not a checkpoint of this run; there are {steps}.")
+    return steps[-1] if STEP.value is None else STEP.value
+
+
+def save_samples(path: Path, found) -> None:
+    """Writes one .npz per number of sampling steps, in the form the ADM evaluator reads."""
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for num_steps, images in found.samples.items():
+        several = len(found.samples) > 1
+        file = path.with_name(f"{path.stem}_{num_steps}.npz") if several else path
+        np.savez(file, arr_0=images, arr_1=found.labels)
+        logging.info("Wrote %d samples to %s.", len(images), file)
+
+
+if __name__ == "__main__":
+    cli.main(main)

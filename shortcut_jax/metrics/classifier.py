@@ -1,0 +1,162 @@
+"""Feature extractors for small data sets: classifiers trained in this repository.
+
+They give Fréchet distances that need no download and run in seconds on a CPU. Their numbers can
+only be compared with numbers of the same extractor (same sha256), and are never called FID.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import io
+import json
+from collections.abc import Callable, Mapping
+from importlib.resources.abc import Traversable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from numpy.typing import NDArray
+
+from shortcut_jax.errors import UserError
+
+FEATURE_DIM = 64
+# Images per call of the compiled network. Fixed, so that the same program computes every image.
+BATCH = 256
+
+# Float32 products on every back end: the defaults of TPUs (bfloat16) and of recent GPUs (TF32)
+# move features by 1e-3 relative.
+_Dense = functools.partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
+_Conv = functools.partial(nn.Conv, precision=jax.lax.Precision.HIGHEST)
+
+
+class CNN(nn.Module):
+    """Three 3x3 convolutions, a 2x2 grid of local means, 64 ReLU units and a linear classifier."""
+
+    num_classes: int
+    strides: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images [n, H, W, C] in [-1, 1] -> features [n, 64] and logits [n, num_classes]."""
+        for i, (width, stride) in enumerate(zip((32, 64, 64), self.strides, strict=True)):
+            x = nn.relu(_Conv(width, (3, 3), strides=stride, name=f"conv{i}")(x))
+        cell = (x.shape[1] // 2, x.shape[2] // 2)
+        x = nn.avg_pool(x, cell, strides=cell).reshape(len(x), -1)
+        features = nn.relu(_Dense(FEATURE_DIM, name="hidden")(x))
+        return features, _Dense(self.num_classes, name="output")(features)
+
+
+class MLP(nn.Module):
+    """One hidden layer of 64 ReLU units on the row-major pixels, and a linear classifier."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images [n, H, W, C] in [-1, 1] -> features [n, 64] and logits [n, num_classes]."""
+        features = nn.relu(_Dense(FEATURE_DIM, name="hidden")(x.reshape(len(x), -1)))
+        return features, _Dense(self.num_classes, name="output")(features)
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"cnn": CNN, "mlp": MLP}
+
+
+def scale_pixels(images: jax.Array) -> jax.Array:
+    """uint8 in [0, 255] -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """A trained classifier whose 64 penultimate ReLU units are the features.
+
+    Attributes:
+        name: metric name, for example "fd_digits".
+        image_shape: (H, W, C) of the images it takes.
+        feature_dim: number of features per image.
+        sha256: hash of the weight file; belongs to every number made with these features.
+        info: the record beside the weights: where they come from and how good they are.
+        forward: compiled uint8 [BATCH, H, W, C] -> features [BATCH, d] and logits.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    feature_dim: int
+    sha256: str
+    info: Mapping[str, Any]
+    forward: Callable[[NDArray[np.uint8]], tuple[jax.Array, jax.Array]] = dataclasses.field(
+        repr=False
+    )
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 images [n, H, W, C] -> float32 features [n, d].
+
+        Row i depends on image i alone. Raises UserError for another dtype or shape.
+        """
+        return self._run(images)[0]
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 images [n, H, W, C] -> float32 class logits [n, num_classes]; as `features`."""
+        return self._run(images)[1]
+
+    def _run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"metric={self.name!r} takes uint8 images of shape (n, "
+                f"{', '.join(map(str, self.image_shape))}), got {images.dtype} {images.shape}: "
+                "choose the metric of this data set, or quantise the images to uint8."
+            )
+        outputs = []
+        # At least one batch, so that no images give arrays of shape (0, d).
+        for start in range(0, max(len(images), 1), BATCH):
+            batch = images[start : start + BATCH]
+            padded = np.zeros((BATCH, *self.image_shape), np.uint8)
+            padded[: len(batch)] = batch
+            outputs.append([np.asarray(part)[: len(batch)] for part in self.forward(padded)])
+        features, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
+        return features, logits
+
+
+def load_extractor(name: str, directory: Traversable | None = None) -> Extractor:
+    """Reads `<name>.json` and `<name>.npz` of `directory` (default: shipped with the package).
+
+    Raises UserError if a file is missing or the weights are not those the record describes.
+    """
+    if directory is None:
+        directory = importlib.resources.files("shortcut_jax.metrics") / "weights"
+    record, weights = directory / f"{name}.json", directory / f"{name}.npz"
+    for file in (record, weights):
+        if not file.is_file():
+            raise UserError(
+                f"{file} does not exist: make it with "
+                f"python -m shortcut_jax.metrics.train_classifier --name={name}."
+            )
+    info = json.loads(record.read_text(encoding="utf-8"))
+    data = weights.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != info["sha256"]:
+        raise UserError(
+            f"{weights} has sha256 {sha256}, but {record.name} records {info['sha256']}: the file "
+            "is damaged or was replaced; install the package again or train both files again."
+        )
+    with np.load(io.BytesIO(data)) as arrays:
+        params = unflatten_dict({key: arrays[key] for key in arrays.files}, sep="/")
+    architecture = dict(info["architecture"])
+    network = NETWORKS[architecture.pop("network")](**architecture)
+
+    @jax.jit
+    def forward(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return network.apply({"params": params}, scale_pixels(images))
+
+    return Extractor(
+        name=name,
+        image_shape=tuple(info["image_shape"]),
+        feature_dim=FEATURE_DIM,
+        sha256=sha256,
+        info=info,
+        forward=forward,
+    )

@@ -1,0 +1,1 @@
+"""Networks: pure functions apply(params, x, t, d, labels)."""

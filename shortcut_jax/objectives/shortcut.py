@@ -1,0 +1,238 @@
+"""Shortcut models (Frans, Hafner, Levine, Abbeel; ICLR 2025): the method of the paper, in one file.
+
+A shortcut s(x_t, t, d) is the average velocity of the flow over [t, t + d], so that
+x_{t+d} = x_t + d s(x_t, t, d). One network learns it for every d at once from two kinds of rows:
+
+  empirical   s(x_t, t, 0)  -> x_1 - x_0                                  (flow matching, paper eq. 2)
+  bootstrap   s(x_t, t, 2d) -> (s(x_t, t, d) + s(x'_{t+d}, t+d, d)) / 2   (self-consistency, eq. 4)
+              x'_{t+d} = x_t + d s(x_t, t, d)
+
+The time of the second half-step is t + d: the paper's displayed equation prints t there, its
+Algorithm 1 and the released code use t + d.
+"""
+
+import dataclasses
+import fractions
+import math
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from shortcut_jax.errors import UserError
+from shortcut_jax.objectives import base
+from shortcut_jax.objectives.base import rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcut(base.Objective):
+    """Flow matching and self-consistency in one batch. See docs/differences.md for every switch."""
+
+    null_label: int
+    cfg_scale: float = 1.0  # w of v_uncond + w (v_cond - v_uncond); 1 = none, 0 = unconditional
+    class_dropout: float = 0.1  # of empirical rows
+    denoise_timesteps: int = 128  # M: the smallest step is 1/M, sizes are 1/M, 2/M, ..., 1
+    bootstrap_fraction: float = 0.25  # k: share of rows with self-consistency targets
+    bootstrap_params: Literal["ema", "online"] = "ema"  # who answers the two half-steps
+    bootstrap_cfg: bool = True  # guide the half-steps of size 1/M (asked as d = 0) by cfg_scale
+    step_size_sampling: Literal["random", "stratified"] = "random"
+    flow_time_grid: int = 0  # t of empirical rows on {0, 1/grid, ...}; 0 = continuous
+    noise_floor: float = 0.0  # 1e-5 in the released code
+    bootstrap_clip: float = 0.0  # clip of mid-point and target; 0 = none, 4 in the released code
+    bootstrap_label_dropout: bool = False  # drop labels of bootstrap rows, too
+    reuse_images: bool = False  # released code: bootstrap rows share images with empirical rows
+
+    uses_step_size: ClassVar[bool] = True
+
+    # ------------------------------------------------------------------ the split of the batch
+
+    @property
+    def num_levels(self) -> int:
+        """log2 M: bootstrap rows learn the sizes 2^-level, level = 0 ... num_levels - 1."""
+        return self.denoise_timesteps.bit_length() - 1
+
+    @property
+    def branches(self):
+        return ("empirical", *(f"bootstrap_1_{2**level}" for level in range(self.num_levels)))
+
+    @property
+    def _share(self) -> fractions.Fraction:
+        return fractions.Fraction(self.bootstrap_fraction).limit_denominator(64)
+
+    def validate(self, batch_size, num_shards):
+        m, share = self.denoise_timesteps, self._share
+        if m < 2 or m & (m - 1):
+            raise UserError(
+                f"objective.denoise_timesteps={m} is not a power of two of at least 2; the paper "
+                "uses 128."
+            )
+        if not 0 < share < 1 or abs(share - self.bootstrap_fraction) > 1e-6:
+            raise UserError(
+                f"objective.bootstrap_fraction={self.bootstrap_fraction} is not a fraction p/q "
+                "between 0 and 1 with q <= 64; the paper uses 0.25 (for 0, choose "
+                "objective=flow_matching)."
+            )
+        unit = share.denominator * num_shards  # every device gets whole groups
+        smallest = unit
+        if self.step_size_sampling == "stratified":
+            # Fewer bootstrap rows than sizes: floor(rows / sizes) = 0 and every row would be d = 1,
+            # a target whose half-steps are never trained (github.com/kvfrans/shortcut-models #11).
+            smallest *= math.ceil(self.num_levels / (share * unit))
+        if batch_size < smallest or batch_size % unit:
+            smallest_above = max(smallest, -(-batch_size // unit) * unit)
+            raise UserError(
+                f"batch_size={batch_size} does not work with bootstrap_fraction={share}, "
+                f"{self.num_levels} step sizes ({self.step_size_sampling}) and {num_shards} batch "
+                f"shard(s): it must be a multiple of {unit} and at least {smallest}; the smallest "
+                f"that works from here is {smallest_above}."
+            )
+
+    # ------------------------------------------------------------------ targets (Algorithm 1)
+
+    def targets(self, draw, batch, velocities, num_shards=1):
+        # The batch is seen as groups [G, q, ...] whose first p rows bootstrap. The role of a row
+        # depends on its index alone and every device has its share, so nothing moves between them.
+        p, q = self._share.numerator, self._share.denominator
+        image = batch.image.reshape(-1, q, *batch.image.shape[1:])
+        label = batch.label.reshape(-1, q)
+        if self.cfg_scale == 0.0:
+            label = jnp.full_like(label, self.null_label)
+        flow_rows = slice(0, q - p) if self.reuse_images else slice(p, q)
+
+        flow = self._empirical(draw, image[:, flow_rows], label[:, flow_rows])
+        velocity = velocities.ema if self.bootstrap_params == "ema" else velocities.online
+        boot, scalars = self._bootstrap(draw, image[:, :p], label[:, :p], velocity, num_shards)
+
+        merged = jax.tree.map(lambda b, f: jnp.concatenate([b, f], axis=1), boot, flow)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), merged), scalars
+
+    def _empirical(self, draw, x1, labels):
+        """Rows [G, q-p]: the velocity of the straight path, at d = 0 only."""
+        shape = labels.shape
+        t = base.sample_flow_times(draw("time"), shape, self.flow_time_grid)
+        x0 = jax.random.normal(draw("noise"), x1.shape)
+        x_t, v = base.interpolate(x0, x1, t, self.noise_floor)
+        return base.Targets(
+            x_t=x_t,
+            t=t,
+            d=jnp.zeros(shape),
+            labels=base.drop_labels(draw("dropout"), labels, self.class_dropout, self.null_label),
+            target=v,
+            weight=jnp.ones(shape),
+            branch=jnp.zeros(shape, jnp.int32),
+        )
+
+    def _bootstrap(self, draw, x1, labels, velocity, num_shards):
+        """Rows [G, p]: two half-steps of the target network, averaged."""
+        shape = labels.shape
+        if self.bootstrap_label_dropout:
+            key = draw("bootstrap/dropout")
+            labels = base.drop_labels(key, labels, self.class_dropout, self.null_label)
+
+        # 1) the size 2^-level of the step to learn; its two half-steps have size d
+        level, stride = self._levels(draw("bootstrap/step_size"), labels.size)
+        level = level.reshape(shape)
+        d = 0.5 ** (level + 1.0)
+
+        # 2) t, on multiples of the step to learn: {0, 2d, ..., 1 - 2d}
+        sections = 2.0**level
+        t = jnp.floor(jax.random.uniform(draw("bootstrap/time"), shape) * sections) / sections
+
+        # 3) x_t on the straight path
+        x0 = jax.random.normal(draw("bootstrap/noise"), x1.shape)
+        x_t, _ = base.interpolate(x0, x1, t, self.noise_floor)
+
+        # 4) two half-steps, the second from where the first one led, not from the data
+        half_step = self._half_step(velocity, stride, num_shards)
+        s1 = half_step(x_t, t, d, labels)
+        s2 = half_step(self._clip(x_t + rows(d) * s1), t + d, d, labels)
+        target = jax.lax.stop_gradient(self._clip((s1 + s2) / 2))
+
+        targets = base.Targets(
+            x_t=x_t,
+            t=t,
+            d=2 * d,
+            labels=labels,
+            target=target,
+            weight=jnp.ones(shape),
+            branch=1 + level,
+        )
+        rms = {"bootstrap_target_rms": target, "half_step_1_rms": s1, "half_step_2_rms": s2}
+        return targets, {name: jnp.sqrt(jnp.mean(v**2)) for name, v in rms.items()}
+
+    def _clip(self, x):
+        return jnp.clip(x, -self.bootstrap_clip, self.bootstrap_clip) if self.bootstrap_clip else x
+
+    def _levels(self, key, n: int) -> tuple[jax.Array, int]:
+        """Levels [n], and a stride: rows of the smallest size stand at multiples of it only."""
+        if self.step_size_sampling == "random":
+            return jax.random.randint(key, (n,), 0, self.num_levels), 1
+        levels, stride = stratified_levels(n, self.num_levels)
+        return jnp.asarray(levels), stride
+
+    def _half_step(self, velocity, stride, num_shards):
+        """The target network on rows [G, p], guided where the half-step is the smallest, 1/M.
+
+        Guidance holds for velocities, not for longer jumps, so only those rows are guided; larger
+        sizes inherit it through their targets (paper, section 4.2). Their unconditional twins ride
+        along in the same pass, one for every k rows, beside the row they belong to.
+        """
+
+        def query(x, t, d, labels):
+            v = velocity(*(a.reshape(-1, *a.shape[2:]) for a in (x, t, self.query_size(d), labels)))
+            return v.reshape(x.shape)
+
+        def guided_query(x, t, d, labels):
+            k = math.gcd(stride, labels.size // num_shards)
+            regroup = [a.reshape(-1, k, *a.shape[2:]) for a in (x, t, d, labels)]
+            twins = [a[:, :1] for a in regroup[:3]] + [
+                jnp.full_like(regroup[3][:, :1], self.null_label)
+            ]
+            v = query(*(jnp.concatenate(ab, axis=1) for ab in zip(regroup, twins, strict=True)))
+            v_cond, v_uncond = v[:, :k], v[:, k:]
+            smallest = regroup[2] <= 1 / self.denoise_timesteps
+            v_guided = v_uncond + self.cfg_scale * (v_cond - v_uncond)
+            return jnp.where(rows(smallest), v_guided, v_cond).reshape(x.shape)
+
+        guides = self.bootstrap_cfg and self.cfg_scale not in (0.0, 1.0)
+        return guided_query if guides else query
+
+    # ------------------------------------------------------------------ sampling (Algorithm 2)
+
+    def check_steps(self, num_steps):
+        m = self.denoise_timesteps
+        if not 1 <= num_steps <= m or num_steps & (num_steps - 1):
+            raise UserError(
+                f"eval.steps holds {num_steps}; a shortcut model takes a power of two of steps "
+                f"from 1 to objective.denoise_timesteps={m}."
+            )
+
+    def guided(self, num_steps):
+        return num_steps >= self.denoise_timesteps  # only the d = 0 network is not yet guided
+
+    def query_size(self, d):
+        # A step of 1/M is taken with the instantaneous velocity, which is what was trained.
+        return jnp.where(d <= 1 / self.denoise_timesteps, 0.0, d)
+
+
+def stratified_levels(n: int, num_levels: int) -> tuple[np.ndarray, int]:
+    """The released code's step sizes: floor(n / num_levels) rows of each, the rest of size 1.
+
+    Args:
+      n: number of bootstrap rows, at least num_levels.
+      num_levels: log2 M.
+
+    Returns:
+      Levels [n] (size 2^-level) and a stride, a power of two: the rows of the smallest size stand
+      at multiples of the stride, spread evenly, so that every device gets its share of guided rows.
+    """
+    each = n // num_levels
+    stride = math.gcd(n, 2 ** int(math.log2(n // each)))
+    slots = n // stride
+    smallest = stride * (np.arange(each) * slots // each)
+    levels = np.zeros(n, np.int32)
+    others = np.setdiff1d(np.arange(n), smallest)
+    levels[smallest] = num_levels - 1
+    levels[others[: each * (num_levels - 2)]] = np.repeat(np.arange(num_levels - 2, 0, -1), each)
+    return levels, stride

@@ -1,0 +1,233 @@
+"""A run: what stands before training and evaluation, and what its workdir and checkpoints say of it."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from shortcut_jax import config as config_lib
+from shortcut_jax import data, sharding, state
+from shortcut_jax.data.sources import Dataset
+from shortcut_jax.errors import UserError
+from shortcut_jax.logs import write_atomically
+from shortcut_jax.models.dit import DiT
+from shortcut_jax.objectives import Objective
+
+FINISHED = "finished.json"  # written when the last checkpoint is durable
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What training and evaluation both start from."""
+
+    config: ConfigDict
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    objective: Objective
+    network: DiT
+    mesh: Mesh
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Validates the config as a whole and builds the parts that touch neither data nor disk.
+
+    Raises:
+      UserError: the first thing in the config that is wrong.
+    """
+    image_shape, num_classes = data.describe(config.data.name)
+    data.check_split(config.data.name, config.data.split)
+    # All that can be known without a back end is checked before one is started.
+    config_lib.validate(config, image_shape)
+    axes = config_lib.check_devices(config, jax.device_count())
+    objective = config_lib.build_objective(config, num_classes)
+    network = state.build_network(config, objective)
+    return Setup(config, image_shape, num_classes, objective, network, sharding.make_mesh(*axes))
+
+
+def dataset_args(config: ConfigDict) -> dict[str, str]:
+    """Arguments of `data.open_dataset`."""
+    keys = ("name", "split", "data_dir", "idx_dir")
+    return {key: config.data[key] for key in keys if key in config.data}
+
+
+def summary(setup: Setup) -> str:
+    """What --dry_run prints: resolved config, parameters, mesh, batch per device."""
+    config, mesh = setup.config, setup.mesh
+    params = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, config.seed)
+    )
+    lines = [f"{key} = {value!r}" for key, value in sorted(config_lib.flatten(config).items())]
+    lines += [
+        "",
+        f"images               {setup.image_shape}, {setup.num_classes} classes",
+        f"parameters           {state.count(params):,}",
+        f"matrix products in   {setup.network.dtype}",
+        f"mesh                 {dict(mesh.shape)} on {mesh.size} {jax.default_backend()} device(s)",
+        f"batch                {config.batch_size}, {config.batch_size // mesh.size} per device",
+        f"rows per branch      {', '.join(setup.objective.branches)}",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------- the workdir
+
+
+def config_hash(config: ConfigDict) -> str:
+    """12 hex digits that name a config."""
+    text = json.dumps(config_lib.flatten(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Writes config.json into a new workdir; refuses one that holds a run of another config.
+
+    Raises:
+      UserError: another config, naming the keys that differ, or a folder that cannot be written.
+    """
+    path = Path(workdir) / "config.json"
+    flat = config_lib.flatten(config)
+    if path.exists():
+        _refuse_differences(_read_json(path), flat, str(path))
+    if jax.process_index() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(flat, indent=1, sort_keys=True).encode())
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written ({error}); expected a folder that can be "
+                "created and written to: choose another one or mend its permissions."
+            ) from error
+
+
+def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Refuses to evaluate a workdir that is no run, or whose run differs in what evaluation uses.
+
+    Raises:
+      UserError: there is no config.json, or its data, model or objective differ.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"--workdir={workdir} holds no run ({path.name} is missing); expected the workdir of a "
+            "training run: train first with python -m shortcut_jax.main, or mend the path."
+        )
+    trained, flat = _read_json(path), config_lib.flatten(config)
+    used = ("model.", "objective.", "data.name")
+    matters = {key for key in trained.keys() | flat.keys() if key.startswith(used)}
+    _refuse_differences(
+        {k: v for k, v in trained.items() if k in matters},
+        {k: v for k, v in flat.items() if k in matters},
+        str(path),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); expected the config of the run: restore "
+            "it, or use another --workdir."
+        ) from error
+
+
+def _refuse_differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    lines = config_lib.differences(old, new)
+    if lines:
+        raise UserError(
+            f"{where} belongs to a run with another config (there -> asked for now): "
+            f"{'; '.join(lines)}. Use that config or another --workdir; nothing was changed."
+        )
+
+
+def mark_finished(workdir: str | os.PathLike[str], step: int) -> None:
+    """Says, after the last checkpoint is durable, that no more will come."""
+    if jax.process_index() == 0:
+        write_atomically(Path(workdir) / FINISHED, json.dumps({"step": step}).encode())
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def data_position(config: ConfigDict, dataset: Dataset, step: int) -> dict[str, Any]:
+    """Where the input stands before step `step`: rows are addressed by index, so this is all."""
+    row = step * config.batch_size
+    return {
+        "next_step": step,
+        "next_row": row,
+        "epoch": row // dataset.size,
+        "dataset": dataset.fingerprint,
+    }
+
+
+def checkpoint_meta(
+    config: ConfigDict, position: Mapping[str, Any], clock: Mapping[str, float]
+) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return {
+        "config": config_lib.flatten(config),
+        "data": dict(position),
+        "clock": dict(clock),
+        "versions": versions(),
+    }
+
+
+def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, path: Path) -> None:
+    """Refuses a checkpoint of another run or on other data (UserError)."""
+    _refuse_differences(meta["config"], config_lib.flatten(config), str(path))
+    found = meta["data"]["dataset"]
+    if found != dataset.fingerprint:
+        raise UserError(
+            f"{path} was trained on other data: {config.data.name} had fingerprint {found} and now "
+            f"has {dataset.fingerprint}; restore that data in data.data_dir or use another "
+            "--workdir."
+        )
+    if meta["data"]["next_step"] * config.batch_size != meta["data"]["next_row"]:
+        raise UserError(f"{path} holds a data position that contradicts batch_size; use a copy.")
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide results, and the commit if the package runs from a git checkout."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return found | {"commit": commit()}
+
+
+def commit() -> str:
+    """The commit of the source tree, "+dirty" if it was changed, or "unknown"."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--match="],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head.stdout.strip()
+
+
+# ---------------------------------------------------------------------- the compiled step
+
+
+def report_compiled(compiled: Any, seconds: float) -> None:
+    """Logs compile time, FLOPs and memory of the step, per device, as the compiler counts them."""
+    memory = compiled.memory_analysis()
+    mib = 2**20
+    logging.info(
+        "Compiled the step in %.1f s; per device: %.4g FLOPs, %.1f MiB arguments, %.1f MiB "
+        "temporaries, %.1f MiB of the arguments updated in place.",
+        seconds,
+        compiled.cost_analysis()["flops"],
+        memory.argument_size_in_bytes / mib,
+        memory.temp_size_in_bytes / mib,
+        memory.alias_size_in_bytes / mib,
+    )

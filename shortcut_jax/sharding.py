@@ -1,0 +1,78 @@
+"""Which device holds what: a named mesh, and a table from parameter name to rule.
+
+The mesh has two axes. The batch is split over both; parameters, EMA and optimizer state are split over
+"fsdp" alone. Data-parallel training is fsdp = 1, fully sharded training is data = 1, and anything
+between is both: mesh shapes, not code.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+# First match wins. "largest": the largest axis that the fsdp axis divides is split over it.
+RULES = ((r".*", "largest"),)
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh over all devices of all processes; `config.mesh_shape` gives the sizes."""
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch: split over every device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_tree(shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree of parameters or of a train state.
+
+    Args:
+      shapes: tree of things with a `shape`; the path of a leaf is what `RULES` match.
+      mesh: from `make_mesh`.
+
+    Returns:
+      A tree of the same structure. What no axis of can be split is replicated, with a log line.
+    """
+
+    def leaf(path, a):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = _spec(name, a.shape, mesh.shape["fsdp"])
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    rule = next(rule for pattern, rule in RULES if re.fullmatch(pattern, name))
+    if rule == "replicate" or fsdp == 1 or not shape:
+        return PartitionSpec()
+    for axis in np.argsort(shape, kind="stable")[::-1]:
+        if shape[axis] % fsdp == 0:
+            return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
+    logging.info("%s %s is replicated: no axis is a multiple of fsdp=%d", name, shape, fsdp)
+    return PartitionSpec()
+
+
+def to_global(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, each process giving its own rows, to arrays of the whole batch on the mesh."""
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
+
+
+def to_host(a: jax.Array) -> np.ndarray:
+    """The whole array on every process."""
+    if a.is_fully_addressable:
+        return np.asarray(a)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(a, tiled=True))

@@ -1,0 +1,80 @@
+"""Network, optimizer and train state, made from the config."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from ml_collections import ConfigDict
+
+from shortcut_jax import rng
+from shortcut_jax.models.dit import DiT
+from shortcut_jax.objectives import Objective
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: jax.Array  # int32, number of updates done
+    params: Any
+    ema: Any  # like params
+    opt_state: Any
+    metrics: dict[str, metrics.Average]  # averages since the last log
+
+
+PARAMS_FIELD = {"ema": "ema", "online": "params"}  # value of eval.params -> field of TrainState
+
+
+def build_network(config: ConfigDict, objective: Objective) -> DiT:
+    """The DiT of `config.model`; products in bfloat16 unless the back end is a CPU ("auto")."""
+    model = config.model.to_dict()
+    dtype = model.pop("dtype")
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return DiT(
+        **model,
+        num_classes=objective.null_label,
+        ignore_step=not objective.uses_step_size,
+        max_level=objective.num_levels,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def init_params(network: DiT, image_shape: tuple[int, int, int], seed: int) -> Any:
+    """Fresh parameters, float32, from the stream "init"."""
+    one = jnp.zeros(1)
+    key = rng.stream(seed, "init", 0)
+    return network.init(key, jnp.zeros((1, *image_shape)), one, one, one.astype(jnp.int32))[
+        "params"
+    ]
+
+
+def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on every parameter (paper, table of hyperparameters)."""
+    return optax.adamw(
+        learning_rate(config),
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine to zero at total_steps."""
+    lr, warmup = config.optimizer.lr, config.optimizer.warmup_steps
+    if config.optimizer.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warmup else lr, lr, warmup, decay_steps=config.total_steps
+        )
+    if warmup:
+        return optax.linear_schedule(0.0, lr, warmup)
+    return optax.constant_schedule(lr)
+
+
+def count(params: Any) -> int:
+    """Number of parameters."""
+    return sum(a.size for a in jax.tree.leaves(params))

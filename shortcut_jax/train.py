@@ -1,0 +1,267 @@
+"""The trainer: one page, in the order things happen."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from clu import parameter_overview
+from clu.metrics import Average
+from ml_collections import ConfigDict
+
+from shortcut_jax import checkpoint, data, evaluation, rng, run, sharding, state
+from shortcut_jax.clock import Clock
+from shortcut_jax.data import pipeline
+from shortcut_jax.errors import UserError
+from shortcut_jax.logs import MetricLogger
+from shortcut_jax.models.dit import DiT
+from shortcut_jax.objectives import Batch, Objective, Velocities
+from shortcut_jax.state import TrainState
+
+######################################################################################
+#  The step: targets, one forward and backward pass over the whole batch, AdamW, EMA
+######################################################################################
+
+
+def make_train_step(
+    config: ConfigDict,
+    network: DiT,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    num_shards: int,
+) -> Callable[[TrainState, Batch], TrainState]:
+    """The training step as a pure function, to be compiled with shardings by the caller.
+
+    Args:
+      config: of the run.
+      network: applied with online and with EMA parameters.
+      objective: builds the targets.
+      optimizer: from `state.build_optimizer`.
+      num_shards: parts the batch is sharded into.
+    """
+
+    def velocity(params):
+        return lambda x, t, d, labels: network.apply({"params": params}, x, t, d, labels)
+
+    def train_step(old: TrainState, batch: Batch) -> TrainState:
+        draw = rng.draws(config.seed, "train", old.step)
+        velocities = Velocities(online=velocity(old.params), ema=velocity(old.ema))
+        targets, scalars = objective.targets(draw, batch, velocities, num_shards)
+
+        def loss_fn(params):
+            prediction = velocity(params)(targets.x_t, targets.t, targets.d, targets.labels)
+            row_loss = jnp.mean((prediction - targets.target) ** 2, axis=(1, 2, 3))  # [B]
+            return jnp.mean(targets.weight * row_loss), row_loss
+
+        (loss, row_loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(old.params)
+        updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
+        params = optax.apply_updates(old.params, updates)
+        ema = optax.incremental_update(params, old.ema, 1 - config.ema_rate)
+
+        scalars = {
+            **scalars,
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+        }
+        averages = {name: Average.from_model_output(a[None]) for name, a in scalars.items()}
+        for index, name in enumerate(objective.branches):
+            mask = targets.branch == index
+            averages[f"loss/{name}"] = Average.from_model_output(row_loss, mask=mask)
+        new = TrainState(old.step + 1, params, ema, opt_state, averages)
+
+        if config.optimizer.on_nonfinite == "skip":
+            finite = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
+            kept = old.replace(step=new.step, metrics=jax.tree.map(jnp.zeros_like, averages))
+            new = jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept)
+            skipped = Average.from_model_output(1.0 - finite[None])
+            new = new.replace(metrics={**new.metrics, "skipped": skipped})
+        if not old.metrics:  # only while the metrics' names are being found out
+            return new
+        # Averages start again after each log; doing so here saves the host a dispatch.
+        fresh = old.step % config.log.every == 0
+        merged = {
+            name: jax.tree.map(lambda o, n: jnp.where(fresh, 0, o) + n, old.metrics[name], average)
+            for name, average in new.metrics.items()
+        }
+        return new.replace(metrics=merged)
+
+    return train_step
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
+    """Trains to `config.total_steps`, resuming from the newest checkpoint in `workdir`.
+
+    Args:
+      config: locked config (`shortcut_jax.config`).
+      workdir: gets config.json, metrics.jsonl, checkpoints/, eval/ and tensorboard/.
+
+    Returns:
+      The final train state.
+
+    Raises:
+      UserError: anything the user can fix, before any device work where it can be known.
+    """
+
+    ##################################################################################
+    #  Check everything that can be checked; open what the run stands on
+    ##################################################################################
+
+    setup = run.prepare(config)
+    objective, network, mesh = setup.objective, setup.network, setup.mesh
+    clock = Clock(config.batch_size, config.total_steps, mesh.size)
+    with clock.phase("start"):
+        run.claim_workdir(config, workdir)
+        dataset = data.open_dataset(**run.dataset_args(config))
+        checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+
+    ##################################################################################
+    #  State: shapes, then shardings, then arrays - new, or from a checkpoint
+    ##################################################################################
+
+    optimizer = state.build_optimizer(config)
+    train_step = make_train_step(config, network, objective, optimizer, mesh.size)
+    rows = sharding.batch_sharding(mesh)
+
+    def init() -> TrainState:
+        params = state.init_params(network, setup.image_shape, config.seed)
+        # The EMA starts at the initial parameters: no warm-up, no bias correction (1.16).
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, jax.tree.map(jnp.copy, params), optimizer.init(params), {})
+
+    batch_shape = Batch(
+        image=jax.ShapeDtypeStruct((config.batch_size, *setup.image_shape), jnp.float32),
+        label=jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    )
+    metrics_shape = jax.eval_shape(train_step, jax.eval_shape(init), batch_shape).metrics
+
+    def init_with_metrics() -> TrainState:
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics_shape)
+        return init().replace(metrics=zeros)
+
+    state_shape = jax.eval_shape(init_with_metrics)
+    state_sharding = sharding.shard_tree(state_shape, mesh)
+
+    start = checkpoints.latest()
+    if start is None:
+        train_state = jax.jit(init_with_metrics, out_shardings=state_sharding)()
+    else:
+        with clock.phase("start"):
+            meta = checkpoints.meta(start)
+            run.check_resume(config, meta, dataset, checkpoints.directory / str(start))
+            shapes = checkpoint.with_shardings(state_shape, state_sharding)
+            train_state = TrainState(**checkpoints.restore(start, _fields(shapes)))
+            clock.load_state_dict(meta["clock"])
+        logging.info("Resumed from step %d of %s.", start, workdir)
+    if jax.process_index() == 0:
+        logging.info("\n%s", parameter_overview.get_parameter_overview(train_state.params))
+
+    ##################################################################################
+    #  Compile ahead of the loop
+    ##################################################################################
+
+    with clock.phase("compile"):
+        compiled = (
+            jax.jit(
+                train_step,
+                in_shardings=(state_sharding, rows),
+                out_shardings=state_sharding,
+                donate_argnums=0,
+            )
+            .lower(state_shape, batch_shape)
+            .compile()
+        )
+    run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
+    evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
+
+    ##################################################################################
+    #  Loop. Do not change the order: evaluate -> save -> next batch -> step -> log.
+    #  Evaluating and saving see the same, old parameters, and no batch is drawn before the save:
+    #  a run resumed from that save does what the uninterrupted one did next.
+    ##################################################################################
+
+    first = start or 0
+    batches = pipeline.batches(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=first,
+        num_steps=max(config.total_steps - first, 0),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        flip=config.data.flip,
+    )
+    with MetricLogger(
+        workdir,
+        config.total_steps,
+        tensorboard=config.log.tensorboard,
+        write=jax.process_index() == 0,
+        restart_step=start,
+    ) as logger:
+        for step in range(first, config.total_steps + 1):
+            new = step > first  # nothing is due twice after a resume
+            last = step == config.total_steps
+
+            if new and config.eval.every and step % config.eval.every == 0:
+                jax.block_until_ready(train_state)
+                with clock.phase("evaluate"):
+                    params = getattr(train_state, state.PARAMS_FIELD[config.eval.params])
+                    results = evaluator.run(params, step, config.eval.steps_in_loop)
+                    evaluation.report(workdir, results, logger)
+
+            if new and (last or step % config.checkpoint.every == 0):
+                jax.block_until_ready(train_state)
+                _check_finite(_averages(train_state), step, config, checkpoints)
+                with clock.phase("checkpoint"):
+                    position = run.data_position(config, dataset, step)
+                    meta = run.checkpoint_meta(config, position, clock.state_dict())
+                    checkpoints.save(step, _fields(train_state), meta)
+            if last:
+                break
+
+            with clock.phase("data"):
+                batch = sharding.to_global(Batch(**next(batches)), rows)
+            with jax.transfer_guard("disallow"):
+                train_state = compiled(train_state, batch)
+
+            if (step + 1) % config.log.every == 0:
+                averages = _averages(train_state)
+                _check_finite(averages, step + 1, config, checkpoints)
+                logger.scalars(step + 1, averages, clock.tick(step + 1))
+
+        with clock.phase("checkpoint"):
+            checkpoints.close()
+    run.mark_finished(workdir, config.total_steps)
+    return train_state
+
+
+def _fields(tree: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+
+
+def _averages(train_state: TrainState) -> dict[str, float]:
+    """Averages since the last log, of what occurred at all; waits for the device."""
+    averages = jax.device_get(train_state.metrics)
+    return {k: float(a.total / a.count) for k, a in sorted(averages.items()) if a.count > 0}
+
+
+def _check_finite(
+    averages: dict[str, float], step: int, config: ConfigDict, checkpoints: checkpoint.Checkpoints
+) -> None:
+    bad = [name for name, value in averages.items() if not np.isfinite(value)]
+    if bad:
+        window = (step - 1) // config.log.every * config.log.every
+        checkpoints.wait()
+        kept = checkpoints.latest()
+        raise UserError(
+            f"training became non-finite between steps {window + 1} and {step} "
+            f"({', '.join(bad)}); the newest good checkpoint is "
+            f"{'none' if kept is None else kept}: lower optimizer.lr, or set "
+            "optimizer.on_nonfinite=skip to leave out such steps."
+        )

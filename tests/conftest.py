@@ -1,0 +1,57 @@
+"""Settings every test shares, and a way to run Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the environment, before any import of jax, so that the processes tests start inherit it.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Repeated runs find their compiled programs; `rm -r .pytest_cache` starts afresh.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_python() -> RunPython:
+    """`run_python(args, env={}, devices=1, timeout=120)`: Python from the repository's root.
+
+    `args` follow the interpreter (`["-m", "shortcut_jax.main", ...]`), `env` is added to this
+    process's environment, `devices` is the number of fake CPU devices. Returns the completed
+    process with text `stdout` and `stderr`; a failing one has its stderr in the test's report.
+    Raises `subprocess.TimeoutExpired` after `timeout` seconds.
+    """
+
+    def run(
+        args: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        devices: int = 1,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        try:
+            done = subprocess.run(
+                [sys.executable, *args],
+                cwd=ROOT,
+                env={**os.environ, "XLA_FLAGS": flags, **(env or {})},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            # The output collected so far is bytes even with text=True.
+            print((error.stderr or b"").decode(errors="replace"), file=sys.stderr)
+            raise
+        if done.returncode != 0:
+            print(done.stderr, file=sys.stderr)
+        return done
+
+    return run
