@@ -1,7 +1,8 @@
-"""Checkpoints: train state, data position and clock, written by orbax, asynchronously and atomically.
+"""Checkpoints: train state, data position and clock, written by orbax.
 
-A step becomes visible by the renaming of its finished directory, so a kill during a save leaves the
-previous one in place. EMA parameters can be read alone, on any mesh, for evaluation.
+Saves are asynchronous and atomic: a step becomes visible by the renaming of its finished directory,
+so a kill during a save leaves the previous one in place. EMA parameters can be read alone, on any
+mesh, for evaluation.
 """
 
 import json

@@ -32,7 +32,7 @@ AUTHORS_CODE = {
 
 
 def default() -> ConfigDict:
-    """Every key. The values are the paper's (DiT-B/2, its Table of hyperparameters) where it has one."""
+    """Every key. The values are the paper's where it has one."""
     return ConfigDict(
         {
             "seed": 0,

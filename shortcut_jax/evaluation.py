@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from shortcut_jax import metrics, pictures, run, sampling, sharding
+from shortcut_jax import metrics, pictures, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.logs import MetricLogger, write_atomically
 
@@ -50,7 +50,7 @@ class Evaluator:
         self._dataset = dataset
         self._sample = sampling.make_sampler(
             setup.objective,
-            lambda params, *args: setup.network.apply({"params": params}, *args),
+            state.apply_fn(setup.network),
             params_sharding,
             setup.mesh,
             seed=setup.config.eval.seed,
@@ -77,11 +77,12 @@ class Evaluator:
         labels = np.zeros(0, np.int32)
         for num_steps in steps:
             moments = {name: metrics.Moments() for name in self._extractors}
-            images, labels_kept = [], []
+            images: list[np.ndarray] = []
+            labels_kept: list[np.ndarray] = []
             for batch, batch_labels in self._samples(params, num_steps):
                 for name, extractor in self._extractors.items():
                     moments[name].update(extractor.features(batch))
-                if sum(map(len, images)) < keep:
+                if sum(len(image) for image in images) < keep:
                     images.append(batch)
                     labels_kept.append(batch_labels)
             kept[num_steps] = np.concatenate(images)[:keep]

@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, name of the stream, index), never a stored or threaded key.
 
-Because no key is kept anywhere, a resumed run draws what an uninterrupted one draws, and sample i is
-sample i on any number of devices (design: big_vision / kauldron's named streams).
+Because no key is kept anywhere, a resumed run draws what an uninterrupted one draws, and sample i
+is sample i on any number of devices (design: big_vision / kauldron's named streams).
 """
 
 import zlib
@@ -29,5 +29,5 @@ def stream(seed: int, name: str, index: jax.typing.ArrayLike) -> jax.Array:
 
 
 def draws(seed: int, scope: str, index: jax.typing.ArrayLike) -> Draw:
-    """The keys of one step: `draws(seed, "train", step)("noise")` is stream "train/noise" at step."""
+    """The keys of one step: draws(seed, "train", step)("noise") is stream "train/noise"."""
     return lambda name: stream(seed, f"{scope}/{name}", index)

@@ -1,4 +1,4 @@
-"""A run: what stands before training and evaluation, and what its workdir and checkpoints say of it."""
+"""A run: its parts before training or evaluation, and what its workdir and checkpoints say."""
 
 import dataclasses
 import hashlib

@@ -1,8 +1,8 @@
 """Which device holds what: a named mesh, and a table from parameter name to rule.
 
-The mesh has two axes. The batch is split over both; parameters, EMA and optimizer state are split over
-"fsdp" alone. Data-parallel training is fsdp = 1, fully sharded training is data = 1, and anything
-between is both: mesh shapes, not code.
+The mesh has two axes. The batch is split over both; parameters, EMA and optimizer state are split
+over "fsdp" alone. Data-parallel training is fsdp = 1, fully sharded training is data = 1, and
+anything between is both: mesh shapes, not code.
 """
 
 import re

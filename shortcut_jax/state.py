@@ -1,5 +1,6 @@
 """Network, optimizer and train state, made from the config."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -32,15 +33,32 @@ def build_network(config: ConfigDict, objective: Objective) -> DiT:
     """The DiT of `config.model`; products in bfloat16 unless the back end is a CPU ("auto")."""
     model = config.model.to_dict()
     dtype = model.pop("dtype")
+    on_cpu = jax.default_backend() == "cpu"
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if on_cpu else "bfloat16"
     return DiT(
         **model,
         num_classes=objective.null_label,
         ignore_step=not objective.uses_step_size,
         max_level=objective.num_levels,
+        residual_barrier=on_cpu,
         dtype=jnp.dtype(dtype),
     )
+
+
+def compiler_options() -> dict[str, str]:
+    """Options to compile a program that differentiates the network with.
+
+    On a CPU XLA drops optimisation barriers before it fuses, and with them what
+    `DiT.residual_barrier` is for; this keeps them.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
+
+
+def apply_fn(network: DiT) -> Callable[..., Any]:
+    """apply(params, x, t, d, labels) -> prediction: the network as a pure function."""
+    return lambda params, *args: network.apply({"params": params}, *args)
 
 
 def init_params(network: DiT, image_shape: tuple[int, int, int], seed: int) -> Any:

@@ -1,13 +1,13 @@
 """The trainer: one page, in the order things happen."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from clu import parameter_overview
@@ -28,6 +28,9 @@ from shortcut_jax.state import TrainState
 ######################################################################################
 
 
+NONFINITE = "nonfinite"  # share of steps whose loss or gradient was not finite
+
+
 def make_train_step(
     config: ConfigDict,
     network: DiT,
@@ -45,16 +48,17 @@ def make_train_step(
       num_shards: parts the batch is sharded into.
     """
 
-    def velocity(params):
-        return lambda x, t, d, labels: network.apply({"params": params}, x, t, d, labels)
+    apply = state.apply_fn(network)
 
     def train_step(old: TrainState, batch: Batch) -> TrainState:
         draw = rng.draws(config.seed, "train", old.step)
-        velocities = Velocities(online=velocity(old.params), ema=velocity(old.ema))
+        velocities = Velocities(
+            online=functools.partial(apply, old.params), ema=functools.partial(apply, old.ema)
+        )
         targets, scalars = objective.targets(draw, batch, velocities, num_shards)
 
         def loss_fn(params):
-            prediction = velocity(params)(targets.x_t, targets.t, targets.d, targets.labels)
+            prediction = apply(params, targets.x_t, targets.t, targets.d, targets.labels)
             row_loss = jnp.mean((prediction - targets.target) ** 2, axis=(1, 2, 3))  # [B]
             return jnp.mean(targets.weight * row_loss), row_loss
 
@@ -70,27 +74,26 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "param_norm": optax.global_norm(params),
         }
+        finite = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
         averages = {name: Average.from_model_output(a[None]) for name, a in scalars.items()}
         for index, name in enumerate(objective.branches):
             mask = targets.branch == index
             averages[f"loss/{name}"] = Average.from_model_output(row_loss, mask=mask)
-        new = TrainState(old.step + 1, params, ema, opt_state, averages)
-
         if config.optimizer.on_nonfinite == "skip":
-            finite = jnp.isfinite(loss) & jnp.isfinite(scalars["grad_norm"])
-            kept = old.replace(step=new.step, metrics=jax.tree.map(jnp.zeros_like, averages))
-            new = jax.tree.map(lambda n, k: jnp.where(finite, n, k), new, kept)
-            skipped = Average.from_model_output(1.0 - finite[None])
-            new = new.replace(metrics={**new.metrics, "skipped": skipped})
-        if not old.metrics:  # only while the metrics' names are being found out
-            return new
-        # Averages start again after each log; doing so here saves the host a dispatch.
-        fresh = old.step % config.log.every == 0
-        merged = {
-            name: jax.tree.map(lambda o, n: jnp.where(fresh, 0, o) + n, old.metrics[name], average)
-            for name, average in new.metrics.items()
-        }
-        return new.replace(metrics=merged)
+            learned = (params, ema, opt_state, averages)
+            kept = (old.params, old.ema, old.opt_state, jax.tree.map(jnp.zeros_like, averages))
+            params, ema, opt_state, averages = jax.tree.map(
+                lambda new, keep: jnp.where(finite, new, keep), learned, kept
+            )
+        averages[NONFINITE] = Average.from_model_output(1.0 - finite[None])
+
+        if old.metrics:  # empty only while the names of the metrics are being found out
+            # Averages start again after each log; doing so here saves the host a dispatch.
+            fresh = old.step % config.log.every == 0
+            averages = jax.tree.map(
+                lambda sum, new: jnp.where(fresh, new, sum + new), dict(old.metrics), averages
+            )
+        return TrainState(old.step + 1, params, ema, opt_state, averages)
 
     return train_step
 
@@ -135,15 +138,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         step = jnp.zeros((), jnp.int32)
         return TrainState(step, params, jax.tree.map(jnp.copy, params), optimizer.init(params), {})
 
-    batch_shape = Batch(
-        image=jax.ShapeDtypeStruct((config.batch_size, *setup.image_shape), jnp.float32),
-        label=jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
-    )
+    def empty_batch() -> Batch:
+        image = jnp.zeros((config.batch_size, *setup.image_shape))
+        return Batch(image, jnp.zeros(config.batch_size, jnp.int32))
+
+    batch_shape = jax.eval_shape(empty_batch)
     metrics_shape = jax.eval_shape(train_step, jax.eval_shape(init), batch_shape).metrics
 
     def init_with_metrics() -> TrainState:
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics_shape)
-        return init().replace(metrics=zeros)
+        return dataclasses.replace(init(), metrics=zeros)
 
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
@@ -175,7 +179,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 donate_argnums=0,
             )
             .lower(state_shape, batch_shape)
-            .compile()
+            .compile(compiler_options=state.compiler_options())
         )
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
     evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
@@ -254,14 +258,13 @@ def _averages(train_state: TrainState) -> dict[str, float]:
 def _check_finite(
     averages: dict[str, float], step: int, config: ConfigDict, checkpoints: checkpoint.Checkpoints
 ) -> None:
-    bad = [name for name, value in averages.items() if not np.isfinite(value)]
-    if bad:
-        window = (step - 1) // config.log.every * config.log.every
-        checkpoints.wait()
-        kept = checkpoints.latest()
-        raise UserError(
-            f"training became non-finite between steps {window + 1} and {step} "
-            f"({', '.join(bad)}); the newest good checkpoint is "
-            f"{'none' if kept is None else kept}: lower optimizer.lr, or set "
-            "optimizer.on_nonfinite=skip to leave out such steps."
-        )
+    if config.optimizer.on_nonfinite == "skip" or averages[NONFINITE] == 0:
+        return
+    checkpoints.wait()
+    first = (step - 1) // config.log.every * config.log.every + 1
+    raise UserError(
+        f"training became non-finite between steps {first} and {step} (loss {averages['loss']}, "
+        f"gradient norm {averages['grad_norm']}); nothing was saved since "
+        f"checkpoint {checkpoints.latest()}: lower optimizer.lr, or resume from there with "
+        "optimizer.on_nonfinite=skip to leave such steps out."
+    )

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
@@ -34,7 +35,7 @@ _Conv = functools.partial(nn.Conv, precision=jax.lax.Precision.HIGHEST)
 
 
 class CNN(nn.Module):
-    """Three 3x3 convolutions, a 2x2 grid of local means, 64 ReLU units and a linear classifier."""
+    """Three 3x3 convolutions, a 4x4 grid of local means, 64 ReLU units and a linear classifier."""
 
     num_classes: int
     strides: tuple[int, int, int]
@@ -42,9 +43,9 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images [n, H, W, C] in [-1, 1] -> features [n, 64] and logits [n, num_classes]."""
-        for i, (width, stride) in enumerate(zip((32, 64, 64), self.strides, strict=True)):
+        for i, (width, stride) in enumerate(zip((16, 32, 48), self.strides, strict=True)):
             x = nn.relu(_Conv(width, (3, 3), strides=stride, name=f"conv{i}")(x))
-        cell = (x.shape[1] // 2, x.shape[2] // 2)
+        cell = (x.shape[1] // 4, x.shape[2] // 4)
         x = nn.avg_pool(x, cell, strides=cell).reshape(len(x), -1)
         features = nn.relu(_Dense(FEATURE_DIM, name="hidden")(x))
         return features, _Dense(self.num_classes, name="output")(features)
@@ -62,12 +63,9 @@ class MLP(nn.Module):
         return features, _Dense(self.num_classes, name="output")(features)
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"cnn": CNN, "mlp": MLP}
-
-
-def scale_pixels(images: jax.Array) -> jax.Array:
+def scale_pixels(images: ArrayLike) -> jax.Array:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,8 @@ class Extractor:
 def load_extractor(name: str, directory: Traversable | None = None) -> Extractor:
     """Reads `<name>.json` and `<name>.npz` of `directory` (default: shipped with the package).
 
-    Raises UserError if a file is missing or the weights are not those the record describes.
+    Raises:
+        UserError: a file is missing, or the weights are not those of the record.
     """
     if directory is None:
         directory = importlib.resources.files("shortcut_jax.metrics") / "weights"
@@ -132,7 +131,7 @@ def load_extractor(name: str, directory: Traversable | None = None) -> Extractor
     for file in (record, weights):
         if not file.is_file():
             raise UserError(
-                f"{file} does not exist: make it with "
+                f"{file} does not exist: install the package again, or make the file with "
                 f"python -m shortcut_jax.metrics.train_classifier --name={name}."
             )
     info = json.loads(record.read_text(encoding="utf-8"))
@@ -140,23 +139,36 @@ def load_extractor(name: str, directory: Traversable | None = None) -> Extractor
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != info["sha256"]:
         raise UserError(
-            f"{weights} has sha256 {sha256}, but {record.name} records {info['sha256']}: the file "
-            "is damaged or was replaced; install the package again or train both files again."
+            f"{weights} has sha256 {sha256}, expected {info['sha256']} as {record.name} records: "
+            "the file is damaged or was replaced; install the package again or train it again."
         )
-    with np.load(io.BytesIO(data)) as arrays:
-        params = unflatten_dict({key: arrays[key] for key in arrays.files}, sep="/")
-    architecture = dict(info["architecture"])
-    network = NETWORKS[architecture.pop("network")](**architecture)
+    return build_extractor(info, data)
+
+
+def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
+    """Extractor from the record and the contents of the npz file."""
+    with np.load(io.BytesIO(weights)) as arrays:
+        params = unflatten_dict({key: jnp.asarray(arrays[key]) for key in arrays.files}, sep="/")
+    network = make_network(info["architecture"])
 
     @jax.jit
-    def forward(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return network.apply({"params": params}, scale_pixels(images))
+    def forward(params: Any, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        features, logits = network.apply({"params": params}, scale_pixels(images))
+        return features, logits
 
     return Extractor(
-        name=name,
+        name=info["name"],
         image_shape=tuple(info["image_shape"]),
         feature_dim=FEATURE_DIM,
-        sha256=sha256,
+        sha256=hashlib.sha256(weights).hexdigest(),
         info=info,
-        forward=forward,
+        forward=functools.partial(forward, params),
     )
+
+
+def make_network(architecture: Mapping[str, Any]) -> nn.Module:
+    """Network of a record: {"network": "cnn" or "mlp", and the fields of that class}."""
+    fields = dict(architecture)
+    network = {"cnn": CNN, "mlp": MLP}[fields.pop("network")]
+    # JSON has no tuples; flax wants its fields hashable.
+    return network(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

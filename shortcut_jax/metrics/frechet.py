@@ -98,8 +98,8 @@ def frechet_distance(a: Moments | Stats, b: Moments | Stats) -> float:
     mean_b, cov_b = _checked(b)
     if mean_a.size != mean_b.size:
         raise UserError(
-            f"The two sets have {mean_a.size} and {mean_b.size} features per sample: expected equal "
-            "numbers, so make both statistics with the same feature extractor."
+            f"The two sets have {mean_a.size} and {mean_b.size} features per sample, expected "
+            "equal numbers: make both statistics with the same feature extractor."
         )
     # C_a = F F^T. The eigenvalues of F^T C_b F are those of C_a^(1/2) C_b C_a^(1/2). Eigenvalues of
     # C_a at rounding level are left out of F: their square roots, and those of the rounding errors

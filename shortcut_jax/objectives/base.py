@@ -53,14 +53,17 @@ class Objective(abc.ABC):
 
     Attributes:
       uses_step_size: whether the network is told the step size d.
-      num_levels: log2(1/d) of the smallest step size; 0 for methods without one.
       null_label: the label that stands for "no class": num_classes.
     """
 
     uses_step_size: ClassVar[bool]
-    num_levels: int
     null_label: int
     cfg_scale: float
+
+    @property
+    @abc.abstractmethod
+    def num_levels(self) -> int:
+        """log2(1/d) of the smallest step size d; 0 for methods without step sizes."""
 
     @property
     @abc.abstractmethod
@@ -164,7 +167,7 @@ def sampling_velocity(objective: Objective, velocity: Velocity, guided: bool) ->
 def interpolate(
     x0: jax.Array, x1: jax.Array, t: jax.Array, noise_floor: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The straight path and its velocity (paper, eq. 1): x_t = (1-t) x0 + t x1, v = x1 - x0.
+    """The straight path and its velocity: x_t = (1-t) x0 + t x1, v = x1 - x0.
 
     `noise_floor` (1e-5 in the released code, 0 in the paper) keeps that much noise at t = 1:
     x_t = (1 - (1-f) t) x0 + t x1 and v = x1 - (1-f) x0.

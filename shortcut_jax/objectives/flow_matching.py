@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023; Liu et al. 2023): the baseline, and the d = 0 end of shortcuts.
+"""Flow matching (Lipman et al. 2023; Liu et al. 2023), the d = 0 end of shortcut models.
 
 E || v(x_t, t) - (x_1 - x_0) ||^2 on the straight path x_t = (1 - t) x_0 + t x_1.
 """
@@ -24,7 +24,10 @@ class FlowMatching(base.Objective):
     noise_floor: float = 0.0
 
     uses_step_size: ClassVar[bool] = False
-    num_levels: ClassVar[int] = 0
+
+    @property
+    def num_levels(self):
+        return 0
 
     @property
     def branches(self):

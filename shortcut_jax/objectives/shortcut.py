@@ -1,10 +1,10 @@
-"""Shortcut models (Frans, Hafner, Levine, Abbeel; ICLR 2025): the method of the paper, in one file.
+"""Shortcut models (Frans, Hafner, Levine, Abbeel; ICLR 2025).
 
 A shortcut s(x_t, t, d) is the average velocity of the flow over [t, t + d], so that
-x_{t+d} = x_t + d s(x_t, t, d). One network learns it for every d at once from two kinds of rows:
+x_{t+d} = x_t + d s(x_t, t, d). One network learns it for every d at once, from two kinds of rows:
 
-  empirical   s(x_t, t, 0)  -> x_1 - x_0                                  (flow matching, paper eq. 2)
-  bootstrap   s(x_t, t, 2d) -> (s(x_t, t, d) + s(x'_{t+d}, t+d, d)) / 2   (self-consistency, eq. 4)
+  empirical   s(x_t, t, 0)  -> x_1 - x_0                                   (flow matching)
+  bootstrap   s(x_t, t, 2d) -> (s(x_t, t, d) + s(x'_{t+d}, t+d, d)) / 2    (self-consistency)
               x'_{t+d} = x_t + d s(x_t, t, d)
 
 The time of the second half-step is t + d: the paper's displayed equation prints t there, its
@@ -175,7 +175,7 @@ class Shortcut(base.Objective):
         """The target network on rows [G, p], guided where the half-step is the smallest, 1/M.
 
         Guidance holds for velocities, not for longer jumps, so only those rows are guided; larger
-        sizes inherit it through their targets (paper, section 4.2). Their unconditional twins ride
+        sizes inherit it through their targets. Their unconditional twins ride
         along in the same pass, one for every k rows, beside the row they belong to.
         """
 

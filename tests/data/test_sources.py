@@ -104,7 +104,8 @@ def test_processes_that_finish_at_the_same_time(tmp_path):
         def generate_and_wait(builder):
             generate(builder)
             (meeting / str(os.getpid())).touch()
-            while len(list(meeting.iterdir())) < 2:
+            until = time.monotonic() + 30
+            while len(list(meeting.iterdir())) < 2 and time.monotonic() < until:
                 time.sleep(0.01)
         sources._generate = generate_and_wait
         data_dir = {str(tmp_path / "tfds")!r}
