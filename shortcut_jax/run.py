@@ -74,7 +74,7 @@ def summary(setup: Setup) -> str:
         f"matrix products in   {setup.network.dtype}",
         f"mesh                 {dict(mesh.shape)} on {mesh.size} {jax.default_backend()} device(s)",
         f"batch                {config.batch_size}, {config.batch_size // mesh.size} per device",
-        f"rows per branch      {', '.join(setup.objective.branches)}",
+        f"kinds of rows        {', '.join(setup.objective.branches)}",
     ]
     return "\n".join(lines)
 
@@ -185,6 +185,12 @@ def checkpoint_meta(
 def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, path: Path) -> None:
     """Refuses a checkpoint of another run or on other data (UserError)."""
     _refuse_differences(meta["config"], config_lib.flatten(config), str(path))
+    done = meta["data"]["next_step"]
+    if done > config.total_steps:
+        raise UserError(
+            f"{path} is past total_steps={config.total_steps}; ask for at least {done} steps, or "
+            "use another --workdir."
+        )
     found = meta["data"]["dataset"]
     if found != dataset.fingerprint:
         raise UserError(

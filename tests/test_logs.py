@@ -300,19 +300,17 @@ def test_metric_logger_writes_everywhere(tmp_path, monkeypatch):
     workdir = tmp_path / "new" / "W"
     clock_info = {"images_per_second_per_device": 50.0, "seconds/training": 3.0}
     with MetricLogger(workdir, 20, tensorboard=True, write=True, restart_step=None) as logger:
-        logger.scalars(10, {"loss": 0.5}, clock_info)
+        logger.scalars(10, {"loss": 0.5, "loss/bootstrap_1_8": 0.25}, clock_info)
         logger.scalars(20, {"fid10k": 30.0})
         logger.image(20, "samples", np.zeros((2, 2, 1), np.uint8))
     assert read_jsonl(workdir / "metrics.jsonl") == [
-        {"step": 10, "loss": 0.5, **clock_info},
+        {"step": 10, "loss": 0.5, "loss/bootstrap_1_8": 0.25, **clock_info},
         {"step": 20, "fid10k": 30.0},
     ]
     assert scalar_steps(workdir / "tensorboard", "loss") == [10]
     assert scalar_steps(workdir / "tensorboard", "seconds/training") == [10]
-    assert said == [
-        "step 10/20 (50%)  loss 0.5  50 img/s/device",
-        "step 20/20 (100%)  fid10k 30",
-    ]
+    # The progress line shows the headline only, and evaluations have lines of their own.
+    assert said == ["step 10/20 (50%)  loss 0.5  50 img/s/device"]
 
 
 def test_metric_logger_closes_its_files_when_training_raises(tmp_path):

@@ -152,9 +152,8 @@ def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
     network = make_network(info["architecture"])
 
     @jax.jit
-    def forward(params: Any, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        features, logits = network.apply({"params": params}, scale_pixels(images))
-        return features, logits
+    def forward(params, images):
+        return network.apply({"params": params}, scale_pixels(images))
 
     return Extractor(
         name=info["name"],

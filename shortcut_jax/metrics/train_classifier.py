@@ -71,7 +71,7 @@ def fit_cnn(
 ) -> tuple[Params, dict[str, Any]]:
     """AdamW with linear warm-up and cosine decay, on images shifted by up to a pixel each way."""
     rows = dataset.rows(np.arange(dataset.size))
-    windows = _shifted(rows["image"])
+    windows = all_shifts(rows["image"])
     steps_per_epoch = dataset.size // BATCH
     steps = epochs * steps_per_epoch
     schedule = optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 10, steps)
@@ -220,7 +220,7 @@ def measure_accuracy(extractor: Extractor, dataset: Dataset) -> float:
     return float(np.mean(extractor.logits(rows["image"]).argmax(axis=-1) == rows["label"]))
 
 
-def _shifted(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def all_shifts(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[n, H, W, C] -> view [n, s, s, H, W, C] of all shifts, s = 2 MAX_SHIFT + 1, black outside."""
     margin = (MAX_SHIFT, MAX_SHIFT)
     padded = np.pad(images, ((0, 0), margin, margin, (0, 0)))
@@ -229,10 +229,10 @@ def _shifted(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _npz_bytes(params: Params) -> bytes:
-    arrays = {key: np.asarray(value) for key, value in flatten_dict(params, sep="/").items()}
+    arrays: dict[str, Any] = flatten_dict(params, sep="/")
     buffer = io.BytesIO()
     # Not compressed: what deflate makes of the same numbers depends on the version of zlib.
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
