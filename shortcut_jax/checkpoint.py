@@ -73,7 +73,7 @@ class Checkpoints:
         try:
             meta = json.loads(path.read_text())
             return {key: meta[key] for key in ("config", "data", "clock")} | meta
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(step, f"{path.name}: {error!r}") from error
 
     def restore(self, step: int, shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Checkpoints:
         """
         item = dict(shapes)
         try:
-            return self._reader().restore(
+            found = self._reader().restore(
                 self.directory / str(step) / "state",
                 args=ocp.args.PyTreeRestore(
                     item=item,
@@ -97,6 +97,12 @@ class Checkpoints:
                     partial_restore=True,
                 ),
             )
+            # A partial restore hands back what it was asked with for an array that is not there.
+            for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+                if not isinstance(leaf, jax.Array):
+                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    raise KeyError(f"it has no array {name}")
+            return found
         # What orbax and tensorstore raise for damaged files is not documented.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self._unreadable(step, str(error)) from error

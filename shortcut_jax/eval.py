@@ -1,5 +1,6 @@
 """Evaluates a run: python -m shortcut_jax.eval --config=configs/digits.py --workdir=runs/digits."""
 
+import tempfile
 from pathlib import Path
 
 from absl import flags, logging
@@ -24,8 +25,12 @@ def main() -> None:
     from shortcut_jax import checkpoint, data, evaluation, run, sharding, state
 
     config, workdir = cli.CONFIG.value, cli.workdir()
-    if SAVE_SAMPLES.value and not SAVE_SAMPLES.value.endswith(".npz"):
-        raise UserError(f"--save_samples={SAVE_SAMPLES.value} must end in .npz.")
+    samples = Path(SAVE_SAMPLES.value) if SAVE_SAMPLES.value else None
+    if samples and (samples.suffix != ".npz" or samples.is_dir()):
+        raise UserError(
+            f"--save_samples={samples} does not name an .npz file; expected one to write: "
+            "give, for example, --save_samples=samples.npz."
+        )
     setup = run.prepare(config)
     run.check_workdir_for_evaluation(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
@@ -34,6 +39,10 @@ def main() -> None:
         print(run.summary(setup))
         print(f"checkpoint           {checkpoints.directory / str(step)}")
         return
+    if jax.process_index() == 0:
+        check_writable("--workdir", Path(workdir) / "eval")
+        if samples:
+            check_writable("--save_samples", samples.parent)
 
     dataset = data.open_dataset(**run.dataset_args(config))
     shapes = jax.eval_shape(
@@ -45,10 +54,10 @@ def main() -> None:
     logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
 
     evaluator = evaluation.Evaluator(setup, dataset, shardings)
-    keep = config.eval.num_samples if SAVE_SAMPLES.value else 0
+    keep = config.eval.num_samples if samples else 0
     found = evaluator.run(params, step, config.eval.steps, keep)
-    if SAVE_SAMPLES.value and jax.process_index() == 0:
-        save_samples(Path(SAVE_SAMPLES.value), found)
+    if samples and jax.process_index() == 0:
+        save_samples(samples, found)
     folder = evaluation.report(workdir, found.first_rows(config.eval.grid_rows))
     if folder is not None:
         print(evaluation.table(found.records))
@@ -68,15 +77,33 @@ def choose_step(checkpoints) -> int:
             "first, or wait for the first save."
         )
     if STEP.value is not None and STEP.value not in steps:
-        raise UserError(f"--step={STEP.value} is not a checkpoint of this run; there are {steps}.")
+        raise UserError(
+            f"--step={STEP.value} is not a checkpoint in {checkpoints.directory}; expected one of "
+            f"{', '.join(map(str, steps))}: give one of them, or no --step for the newest."
+        )
     return steps[-1] if STEP.value is None else STEP.value
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Makes the folder and tries to write in it, because sampling first may take hours.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
+            "created and written to: choose another one or mend its permissions."
+        ) from error
 
 
 def save_samples(path: Path, found) -> None:
     """Writes one .npz per number of sampling steps, in the form the ADM evaluator reads."""
     import numpy as np
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     for num_steps, images in found.samples.items():
         several = len(found.samples) > 1
         file = path.with_name(f"{path.stem}_{num_steps}.npz") if several else path

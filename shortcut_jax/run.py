@@ -44,6 +44,7 @@ def prepare(config: ConfigDict) -> Setup:
     Raises:
       UserError: the first thing in the config that is wrong.
     """
+    config_lib.check_values(config)
     image_shape, num_classes = data.describe(config.data.name)
     data.check_split(config.data.name, config.data.split)
     # All that can be known without a back end is checked before one is started.
@@ -96,7 +97,7 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """
     path = Path(workdir) / "config.json"
     flat = config_lib.flatten(config)
-    if path.exists():
+    if os.path.exists(path):  # unlike path.exists(), also where looking is not permitted
         _refuse_differences(_read_json(path), flat, str(path))
     if jax.process_index() == 0:
         try:
@@ -116,9 +117,9 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
       UserError: there is no config.json, or its data, model or objective differ.
     """
     path = Path(workdir) / "config.json"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(
-            f"--workdir={workdir} holds no run ({path.name} is missing); expected the workdir of a "
+            f"--workdir={workdir} holds no run that can be read (no {path.name}); expected the workdir of a "
             "training run: train first with python -m shortcut_jax.main, or mend the path."
         )
     trained, flat = _read_json(path), config_lib.flatten(config)
@@ -133,7 +134,10 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({error}); expected the config of the run: restore "

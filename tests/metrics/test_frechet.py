@@ -152,6 +152,25 @@ def test_rank_deficient_sets_match_the_nuclear_norm_of_the_cross_products():
     assert frechet_distance(moments(x), moments(y)) == pytest.approx(expected, rel=1e-10)
 
 
+def test_a_singular_covariance_against_a_regular_one():
+    rng = np.random.default_rng(4)
+    q = random_rotation(rng, 40)
+    a, b = rng.uniform(1, 5, size=(2, 40))
+    b[10:] = 0
+    full, singular = (Stats(np.zeros(40), q @ np.diag(v) @ q.T) for v in (a, b))
+    expected = np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    assert frechet_distance(full, singular) == pytest.approx(expected, abs=1e-5)
+    assert frechet_distance(singular, full) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_tiny_but_real_variance_counts():
+    a, b = np.diag([1.0, 1e-8]), np.diag([1.0, 1e4])
+    expected = (1e-4 - 1e2) ** 2
+    assert frechet_distance(Stats(np.zeros(2), a), Stats(np.zeros(2), b)) == pytest.approx(
+        expected, rel=1e-9
+    )
+
+
 @pytest.mark.parametrize("n", [5, 20, 500])
 def test_a_set_against_itself_is_zero(n):
     x = 100 * np.random.default_rng(n).normal(size=(n, 64))
