@@ -20,7 +20,7 @@ def base(c: ConfigDict) -> None:
     # 6,400 updates where the paper has 400,000: a high learning rate, annealed.
     c.optimizer.update(lr=4e-3, schedule="cosine", warmup_steps=100, b2=0.99)
     c.checkpoint.every = 1600
-    c.eval.update(every=1600, num_samples=1797, batch_size=600)
+    c.eval.update(every=3200, num_samples=1797, batch_size=600)
     c.eval.metrics = ("fd_digits", "fd_digits_mlp64")
 
 

@@ -83,7 +83,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _config_argument(argv: Sequence[str]) -> str | None:
     """FILE.py:ARG of --config=FILE.py:ARG; None if there is none."""
     only_config = flags.FlagValues()
-    only_config.set_gnu_getopt(True)  # look behind the values of flags that it does not know
     flags.DEFINE_multi_string("config", [], "", flag_values=only_config)
     only_config(argv, known_only=True)
     found = only_config.config
@@ -111,9 +110,9 @@ def _load(argument: str) -> ConfigDict:
         raise
     except Exception as error:  # the code is the user's own and may raise anything
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else frames and frames[-1].lineno
+        where = f"{path}, line {frames[-1].lineno}" if frames else path
         raise UserError(
-            f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {_text(error)}; "
+            f"{where}: {type(error).__name__}: {_text(error)}; "
             f"expected {example}: correct that file."
         ) from error
     if not isinstance(config, ConfigDict):

@@ -326,7 +326,7 @@ _CHOICES = {
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-_TUPLES = {int: "a tuple of whole numbers", str: "a tuple of names"}
+_TUPLES = {int: "a tuple of whole numbers", float: "a tuple of numbers", str: "a tuple of names"}
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -376,7 +376,8 @@ def _check_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     )
     known = {**common, **OPTIONAL, **options, "objective.name": name}
     for key in flat:
-        check(key in known, unknown_key(key, known))
+        if key not in known:
+            raise UserError(unknown_key(key, known))
     return known
 
 
@@ -394,7 +395,8 @@ def _check_types(flat: Mapping[str, Any], valid: Mapping[str, Any]) -> None:
             )
         if isinstance(value, float):
             good = good and abs(value) < 2.0**127  # what float32 can hold; false for NaN
-        check(good, wrong_type(key, repr(value), valid[key]))
+        if not good:
+            raise UserError(wrong_type(key, repr(value), valid[key]))
 
 
 def _check_ranges(flat: Mapping[str, Any]) -> None:

@@ -119,7 +119,7 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
     path = Path(workdir) / "config.json"
     if not os.path.exists(path):
         raise UserError(
-            f"--workdir={workdir} holds no run that can be read (no {path.name}); expected the workdir of a "
+            f"--workdir={workdir} holds no run (no {path.name} to read); expected the workdir of a "
             "training run: train first with python -m shortcut_jax.main, or mend the path."
         )
     trained, flat = _read_json(path), config_lib.flatten(config)

@@ -211,6 +211,13 @@ def test_mlp_ratio_and_another_patch_size():
     np.testing.assert_allclose(output, expected, rtol=0, atol=2e-4)
 
 
+def test_the_residual_barrier_changes_no_value():
+    plain, barred = DiT(**TINY), DiT(**TINY, residual_barrier=True)
+    params = randomised(plain)
+    outputs = [forward(network, params, *inputs()) for network in (plain, barred)]
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-5)
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,68 @@
+"""Samples with several meshes and batch sizes: for tests/test_evaluation.py.
+
+python -m tests.programs.sample_on_meshes OUT DATA,FSDP,BATCH_SIZE ... writes OUT/SPEC.npz for each:
+  noise    float32 [n, H, W, C], where sampling starts from
+  labels   int32 [n]
+  images   uint8 [n, H, W, C], in 4 steps of a network that is not trained but does something
+and OUT/SPEC.json, the records of the evaluation.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import digits
+from shortcut_jax import data, evaluation, run, sampling, sharding, state
+
+NUM_SAMPLES = 50  # a multiple of no batch size
+NUM_STEPS = 4
+
+
+def make_params(setup: run.Setup):
+    """Random everywhere: the layers that start at zero would make every velocity zero."""
+    params = state.init_params(setup.network, setup.image_shape, 0)
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    return jax.tree.map(lambda a, k: a + 0.1 * jax.random.normal(k, a.shape), params, keys)
+
+
+def initial_noise(setup: run.Setup, shardings, batch_size: int) -> np.ndarray:
+    """Samples of a network whose velocity is zero: the noise, as float32."""
+    sample = sampling.make_sampler(
+        setup.objective, lambda params, x, t, d, labels: jnp.zeros_like(x), shardings, setup.mesh,
+        seed=0, image_shape=setup.image_shape, num_classes=setup.num_classes,
+    )  # fmt: skip
+    params = jax.device_put(make_params(setup), shardings)
+    starts = range(0, NUM_SAMPLES, batch_size)
+    batches = [sample(params, np.arange(i, i + batch_size), NUM_STEPS)[0] for i in starts]
+    return np.concatenate([sharding.to_host(batch) for batch in batches])[:NUM_SAMPLES]
+
+
+def main(out: Path, specs: list[str]) -> None:
+    config = digits.get_config("small")
+    config.eval.update(num_samples=NUM_SAMPLES, metrics=("fd_digits_mlp64",))
+    config.mesh.update(data=-1, fsdp=1)
+    prepared = run.prepare(config)
+    dataset = data.open_dataset(**run.dataset_args(config))
+    params = make_params(prepared)
+    for spec in specs:
+        data_axis, fsdp_axis, config.eval.batch_size = map(int, spec.split(","))
+        mesh = sharding.make_mesh(data_axis, fsdp_axis)  # may leave devices out
+        setup = dataclasses.replace(prepared, mesh=mesh)
+        shardings = sharding.shard_tree(params, mesh)
+        evaluator = evaluation.Evaluator(setup, dataset, shardings)
+        placed = jax.device_put(params, shardings)
+        found = evaluator.run(placed, step=0, steps=(NUM_STEPS,), keep=NUM_SAMPLES)
+        noise = initial_noise(setup, shardings, config.eval.batch_size)
+        images = found.samples[NUM_STEPS]
+        np.savez(out / f"{spec}.npz", noise=noise, labels=found.labels, images=images)
+        (out / f"{spec}.json").write_text(json.dumps(found.records))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,238 @@
+"""What is saved comes back, on any mesh, whole or in part; what cannot be read says so."""
+
+import contextlib
+import json
+import logging
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from shortcut_jax import checkpoint, data, run
+from shortcut_jax.errors import UserError
+
+META = {"config": {"seed": 0}, "data": {"next_step": 3}, "clock": {"device_seconds": 1.5}}
+
+
+def make_state(value=0.0):
+    arrays = {"kernel": jnp.arange(12.0).reshape(3, 4) + value, "bias": jnp.full(4, value)}
+    return {"step": jnp.int32(3), "params": arrays, "ema": jax.tree.map(lambda a: a / 2, arrays)}
+
+
+def shapes_of(state):
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with the checkpoints 3 and 6, which differ."""
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    checkpoints.save(3, make_state(1.0), META)
+    checkpoints.save(6, make_state(2.0), META)
+    checkpoints.close()
+    return tmp_path
+
+
+@pytest.fixture
+def reopen():
+    """reopen(workdir, **settings): its checkpoints, closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def open_again(workdir, **settings):
+            checkpoints = checkpoint.Checkpoints(workdir, keep=3, **settings)
+            stack.callback(checkpoints.close)
+            return checkpoints
+
+        yield open_again
+
+
+# ------------------------------------------------------------------ save and restore
+
+
+def test_what_is_saved_comes_back(saved, reopen):
+    checkpoints = reopen(saved)
+    assert checkpoints.steps() == [3, 6]
+    assert checkpoints.latest() == 6
+    for step, value in ((3, 1.0), (6, 2.0)):
+        assert_same(checkpoints.restore(step, shapes_of(make_state())), make_state(value))
+        assert checkpoints.meta(step) == META
+
+
+def test_a_part_of_the_state_is_read_alone(saved, reopen):
+    shapes = {"ema": shapes_of(make_state()["ema"])}
+    assert_same(reopen(saved, read_only=True).restore(6, shapes), {"ema": make_state(2.0)["ema"]})
+
+
+def test_save_returns_when_the_arrays_may_be_donated(tmp_path):
+    state = make_state(7.0)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, META)
+    jax.tree.map(lambda a: a.delete(), state)
+    checkpoints.close()
+    assert_same(checkpoints.restore(1, shapes_of(make_state())), make_state(7.0))
+
+
+def test_only_the_newest_are_kept(tmp_path, reopen):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(), META)
+    checkpoints.close()
+    assert reopen(tmp_path).steps() == [2, 3]
+
+
+def test_one_mesh_reads_what_another_saved(run_python, tmp_path):
+    done = run_python(["-m", "tests.programs.restore_on_meshes", str(tmp_path)], devices=8)
+    assert done.returncode == 0
+
+
+# ------------------------------------------------------------------ beside a run
+
+
+def test_read_only_creates_and_removes_nothing(saved, reopen):
+    unfinished = saved / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    before = sorted(saved.rglob("*"))
+    assert reopen(saved, read_only=True).steps() == [3, 6]
+    assert sorted(saved.rglob("*")) == before
+
+    empty = saved / "no_run"
+    assert reopen(empty, read_only=True).steps() == []
+    assert not empty.exists()
+
+
+def test_an_unfinished_save_is_reported_and_ignored(saved, caplog, reopen):
+    partly = saved / "checkpoints" / "9.orbax-checkpoint-tmp"
+    shutil.copytree(saved / "checkpoints" / "6", partly)
+    shutil.rmtree(partly / "meta")
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        checkpoints = reopen(saved)
+    assert "Checkpoint 9 was not finished" in caplog.text
+    assert checkpoints.latest() == 6
+    checkpoints.save(9, make_state(3.0), META)
+    checkpoints.close()
+    assert reopen(saved).steps() == [3, 6, 9]
+
+
+# ------------------------------------------------------------------ what cannot be read
+
+# orbax reads arrays concurrently and drops the other reads when one fails.
+drops_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def damage_arrays(folder):
+    files = [path for path in (folder / "state").rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove_arrays(folder):
+    shutil.rmtree(folder / "state")
+
+
+@drops_reads
+@pytest.mark.parametrize("damage", [damage_arrays, remove_arrays])
+def test_damaged_arrays_name_the_folder_and_the_way_out(saved, damage, reopen):
+    damage(saved / "checkpoints" / "6")
+    with pytest.raises(UserError) as error:
+        reopen(saved).restore(6, shapes_of(make_state()))
+    assert str(saved / "checkpoints" / "6") in str(error.value)
+    assert "move that directory away to continue from step 3" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@drops_reads
+def test_the_only_checkpoint_has_another_way_out(saved, reopen):
+    shutil.rmtree(saved / "checkpoints" / "3")
+    remove_arrays(saved / "checkpoints" / "6")
+    with pytest.raises(UserError, match="move that directory away to start again"):
+        reopen(saved).restore(6, shapes_of(make_state()))
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", json.dumps({k: v for k, v in META.items() if k != "data"})]
+)
+def test_missing_or_wrong_meta_names_the_folder(saved, content, reopen):
+    path = saved / "checkpoints" / "6" / "meta" / "metadata"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="checkpoints/6 cannot be read") as error:
+        reopen(saved).meta(6)
+    assert "continue from step 3" in str(error.value)
+
+
+@drops_reads
+def test_another_shape_is_refused(saved, reopen):
+    shapes = shapes_of(make_state())
+    kernel = shapes["params"]["kernel"]
+    shapes["params"]["kernel"] = jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=kernel.sharding)
+    with pytest.raises(UserError, match="checkpoints/6 cannot be read"):
+        reopen(saved).restore(6, shapes)
+
+
+@drops_reads
+def test_an_array_that_is_not_there_is_refused(saved, reopen):
+    shapes = shapes_of(make_state())
+    shapes["params"]["gate"] = shapes["params"]["kernel"]
+    with pytest.raises(UserError, match="checkpoints/6 cannot be read"):
+        reopen(saved).restore(6, shapes)
+
+
+# ------------------------------------------------------------------ of another run or other data
+
+
+@pytest.fixture
+def resumable(digits_config, tmp_path):
+    """Config, meta data of a checkpoint at step 3 and the data set."""
+    dataset = data.open_dataset(**run.dataset_args(digits_config))
+    position = run.data_position(digits_config, dataset, 3)
+    meta = run.checkpoint_meta(digits_config, position, {})
+    return digits_config, json.loads(json.dumps(meta)), dataset, tmp_path / "3"
+
+
+@pytest.fixture
+def digits_config():
+    return digits.get_config("small")
+
+
+def test_the_same_run_resumes(resumable):
+    config, meta, dataset, path = resumable
+    run.check_resume(config, meta, dataset, path)
+    with config.unlocked():
+        config.mesh.fsdp = 8  # decides nothing of what is trained
+        config.eval.every = 1
+    run.check_resume(config, meta, dataset, path)
+
+
+def test_other_data_is_refused(resumable):
+    config, meta, dataset, path = resumable
+    meta["data"]["dataset"] = "0123456789abcdef"
+    with pytest.raises(UserError) as error:
+        run.check_resume(config, meta, dataset, path)
+    for part in (str(path), "other data", "0123456789abcdef", dataset.fingerprint, "--workdir"):
+        assert part in str(error.value)
+
+
+def test_another_config_is_refused_by_key(resumable):
+    config, meta, dataset, path = resumable
+    config.optimizer.lr = 5e-4
+    with pytest.raises(UserError, match="optimizer.lr: 0.001 -> 0.0005"):
+        run.check_resume(config, meta, dataset, path)
+
+
+def test_another_batch_size_in_the_position_is_refused(resumable):
+    config, meta, dataset, path = resumable
+    meta["data"]["next_row"] += 1
+    with pytest.raises(UserError, match="contradicts batch_size"):
+        run.check_resume(config, meta, dataset, path)

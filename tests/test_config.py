@@ -1,0 +1,344 @@
+"""The config: variants by argument, what a run may change, and that every key is read."""
+
+import inspect
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import configs
+from configs import digits
+from shortcut_jax import config as config_lib
+from shortcut_jax import metrics, objectives, run, train
+from shortcut_jax.errors import UserError
+from shortcut_jax.models import dit
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def load(name: str, arg: str | None = None) -> ConfigDict:
+    return pkgutil.resolve_name(f"configs.{name}").get_config(arg)
+
+
+def get(config: ConfigDict, path: str) -> Any:
+    section, _, key = path.rpartition(".")
+    return (config[section] if section else config)[key]
+
+
+# ------------------------------------------------------------------- variants by argument
+
+
+def test_default_is_what_the_paper_says():
+    c = config_lib.default()
+    assert (c.total_steps, c.batch_size, c.ema_rate) == (400_000, 256, 0.999)
+    assert (c.model.hidden_size, c.model.depth, c.model.num_heads) == (768, 12, 12)
+    assert (c.model.patch_size, c.model.mlp_ratio) == (2, 4.0)
+    assert (c.optimizer.lr, c.optimizer.weight_decay, c.optimizer.schedule) == (
+        1e-4,
+        0.1,
+        "constant",
+    )
+    assert (c.optimizer.b1, c.optimizer.b2) == (0.9, 0.999)
+    assert (c.objective.bootstrap_fraction, c.objective.denoise_timesteps) == (0.25, 128)
+    assert c.objective.class_dropout == 0.1
+    assert c.eval.num_samples == 50_000
+
+
+def test_calls_of_default_share_nothing():
+    config_lib.default().model.depth = 99
+    assert config_lib.default().model.depth == 12
+
+
+@pytest.mark.parametrize("arg", [None, "", "small", "small,authors_code"])
+def test_build_locks(arg):
+    config = digits.get_config(arg)
+    for section in (config, config.model):
+        with pytest.raises(AttributeError):
+            section.no_such_key = 1
+    with pytest.raises(TypeError):
+        config.batch_size = "many"
+    config.batch_size = 128  # values may be changed
+
+
+def test_build_starts_from_the_file_then_applies_the_argument():
+    def base(c):
+        c.batch_size = 8
+        c.total_steps = 10
+
+    def half(c):
+        c.batch_size = c.batch_size // 2
+
+    config = config_lib.build("half", base, {"half": half})
+    assert (config.batch_size, config.total_steps) == (4, 10)
+    assert config_lib.build(None, base, {"half": half}).batch_size == 8
+
+
+def test_objective_argument_gives_the_keys_of_that_objective():
+    config = digits.get_config("objective=flow_matching")
+    assert set(config.objective.keys()) == {"name", *objectives.options("flow_matching")}
+    assert config.objective.name == "flow_matching"
+    # What the file says about keys that both have, stays.
+    assert config.objective.class_dropout == digits.get_config().objective.class_dropout
+    assert isinstance(config_lib.build_objective(config, 10), objectives.FlowMatching)
+
+
+@pytest.mark.parametrize(("size", "width"), [("S", 384), ("B", 768), ("L", 1024), ("XL", 1152)])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_model_argument(size, width, patch):
+    model = digits.get_config(f"model={size}/{patch}").model
+    assert (model.hidden_size, model.patch_size) == (width, patch)
+    assert (model.depth, model.num_heads) == (
+        dit.SIZES[size]["depth"],
+        dit.SIZES[size]["num_heads"],
+    )
+
+
+@pytest.mark.parametrize(
+    "bad", ["model=B", "model=B/3", "model=M/2", "model=/2", "model=", "objective="]
+)
+def test_bad_arguments(bad):
+    with pytest.raises(UserError, match=bad):
+        digits.get_config(bad)
+
+
+def test_authors_code_sets_every_key_it_lists():
+    config = digits.get_config("authors_code")
+    plain = config_lib.default()
+    for path, value in config_lib.AUTHORS_CODE.items():
+        assert get(config, path) == value
+        assert get(plain, path) != value, f"{path} is no difference"
+
+
+def test_authors_code_without_bootstrap_keys():
+    config = digits.get_config("objective=flow_matching,authors_code")
+    assert config.objective.flow_time_grid == config_lib.AUTHORS_CODE["objective.flow_time_grid"]
+    assert "bootstrap_fraction" not in config.objective
+    assert config.model.attention_scale == "linear"
+
+
+def test_ledger_lists_what_authors_code_sets():
+    ledger = (ROOT / "docs" / "differences.md").read_text()
+    for path in config_lib.AUTHORS_CODE:
+        assert f"`{path}`" in ledger
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["authors_code", "objective=flow_matching"],
+        ["small", "authors_code"],
+        ["model=B/4", "authors_code", "objective=flow_matching"],
+    ],
+)
+def test_order_of_arguments_does_not_matter(words):
+    forwards = config_lib.flatten(digits.get_config(",".join(words)))
+    assert forwards == config_lib.flatten(digits.get_config(",".join(reversed(words))))
+    assert forwards == config_lib.flatten(digits.get_config(" , ".join(words) + ","))
+
+
+def test_presets_see_the_keys_of_the_objective_that_is_asked_for():
+    def base(c):
+        c.objective = {"name": "flow_matching", **objectives.options("flow_matching")}
+
+    config = config_lib.build("authors_code,objective=shortcut", base, {})
+    assert config.objective.bootstrap_fraction == 0.125
+
+
+@pytest.mark.parametrize("variant", ["", "small"])
+@pytest.mark.parametrize("arg", ["", "authors_code", "objective=flow_matching"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_file_is_valid(name, variant, arg):
+    config = load(name, f"{variant},{arg}")
+    if (variant, arg) == ("small", "authors_code"):
+        config.batch_size = 64  # its stratified step sizes need at least 56
+    run.prepare(config)
+
+
+# ------------------------------------------------------------------- resolved configs
+
+
+def test_flatten():
+    nested = ConfigDict({"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}})
+    assert config_lib.flatten(nested) == {"a": 1, "b.c": [1, 2], "b.d.e": "x"}
+    assert config_lib.flatten(nested.to_dict()) == config_lib.flatten(nested)
+
+
+OLD = {"lr": 1, "total_steps": 10, "optimizer.schedule": "constant", "mesh.data": 1, "eval.seed": 0}
+
+
+def test_no_differences():
+    assert config_lib.differences(OLD, dict(OLD)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mesh.data": 8},
+        {"eval.seed": 1},
+        {"eval.new": 1},
+        {"checkpoint.every": 5},
+        {"log.every": 5},
+        {"data.data_dir": "/x"},
+        {"data.idx_dir": "/x"},
+        {"optimizer.on_nonfinite": "skip"},
+        {"total_steps": 20},
+    ],
+)
+def test_what_a_resumed_run_may_change(change):
+    assert config_lib.differences(OLD, {**OLD, **change}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"lr": 2}, "lr: 1 -> 2"),
+        ({"data.name": "x"}, "data.name: (absent) -> x"),
+        ({"meshes": 2}, "meshes: (absent) -> 2"),  # not a key of the section mesh
+        ({"optimizer.on_nonfinite_": 2}, "optimizer.on_nonfinite_: (absent) -> 2"),
+    ],
+)
+def test_what_a_resumed_run_may_not_change(change, line):
+    assert config_lib.differences(OLD, {**OLD, **change}) == [line]
+
+
+def test_a_dropped_key_is_a_difference():
+    assert config_lib.differences(OLD, {k: v for k, v in OLD.items() if k != "lr"}) == [
+        "lr: 1 -> (absent)"
+    ]
+
+
+def test_total_steps_is_fixed_under_a_schedule_that_ends_there():
+    old = {**OLD, "optimizer.schedule": "cosine"}
+    assert config_lib.differences(old, {**old, "total_steps": 20}) == ["total_steps: 10 -> 20"]
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "expected"),
+    [(-1, 1, (8, 1)), (1, -1, (1, 8)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (8, -1, (8, 1))],
+)
+def test_mesh_shape(data, fsdp, expected):
+    assert config_lib.mesh_shape(ConfigDict({"data": data, "fsdp": fsdp}), 8) == expected
+
+
+# ------------------------------------------------------------------- what --dry_run prints
+
+
+def test_summary():
+    config = digits.get_config("small")
+    text = run.summary(run.prepare(config))
+    lines = text.splitlines()
+    for key, value in config_lib.flatten(config).items():
+        assert f"{key} = {value!r}" in lines
+    assert "(8, 8, 1), 10 classes" in text
+    assert f"{parameters(32, depth=1, patch=2, channels=1, classes=10):,}" in text
+    assert "{'data': 1, 'fsdp': 1} on 1 cpu device(s)" in text
+    assert "32, 32 per device" in text
+    assert "bootstrap_1_64" in text
+    assert "float32" in text
+
+
+def parameters(h: int, *, depth: int, patch: int, channels: int, classes: int) -> int:
+    """Weights and biases of the network, counted by hand."""
+
+    def dense(a, b):
+        return a * b + b
+
+    pixels = patch * patch * channels
+    embeddings = 2 * (dense(256, h) + dense(h, h)) + (classes + 1) * h
+    block = dense(h, 6 * h) + dense(h, 3 * h) + dense(h, h) + dense(h, 4 * h) + dense(4 * h, h)
+    return dense(pixels, h) + embeddings + depth * block + dense(h, 2 * h) + dense(h, pixels)
+
+
+# ------------------------------------------------------------------- every key is read
+
+
+class Recorder:
+    """Looks like a section of the config and notes which keys are read."""
+
+    def __init__(self, section: ConfigDict, read: set[str], prefix: str = ""):
+        self._section, self._read, self._prefix = section, read, prefix
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._section[key]
+        if isinstance(value, ConfigDict):
+            return Recorder(value, self._read, f"{self._prefix}{key}.")
+        self._read.add(self._prefix + key)
+        return value
+
+    def __getattr__(self, key: str) -> Any:
+        return self[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._section
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: self[key] for key in self._section}
+
+
+class NoExtractor:
+    sha256 = ""
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1)[:, :3].astype(np.float64)
+
+
+def test_every_key_is_read(monkeypatch, tmp_path):
+    """A key that only validation looks at would be a promise that nothing keeps."""
+    config = digits.get_config("small,objective=flow_matching")  # quick to compile
+    config.update_from_flattened_dict(
+        {
+            "total_steps": 2, "batch_size": 4, "model.hidden_size": 4, "model.num_heads": 1,
+            "model.patch_size": 8, "optimizer.warmup_steps": 0, "eval.every": 2,
+            "eval.num_samples": 8, "eval.batch_size": 8, "log.tensorboard": False,
+            "data.data_dir": str(tmp_path / "data"),
+        }
+    )  # fmt: skip
+    flat = config_lib.flatten(config)
+    monkeypatch.setattr(config_lib, "check_values", lambda config: None)
+    monkeypatch.setattr(config_lib, "validate", lambda config, image_shape: None)
+    monkeypatch.setattr(config_lib, "check_devices", lambda config, n: (n, 1))
+    monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
+    monkeypatch.setattr(metrics, "load_extractor", lambda name: NoExtractor())
+    read: set[str] = set()
+    train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
+
+    if "config.eval.steps" in source("eval.py"):  # only the evaluation binary reads these
+        read.add("eval.steps")
+    read |= {f"mesh.{axis}" for axis in ("data", "fsdp")}  # by mesh_shape, tested above
+    assert flat.keys() - read == set()
+
+
+def source(name: str) -> str:
+    return (ROOT / "shortcut_jax" / name).read_text()
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_option_of_an_objective_is_used(name):
+    """Sections become fields of objects as a whole, so reading the section proves nothing."""
+    cls = objectives.OBJECTIVES[name]
+    text = inspect.getsource(inspect.getmodule(cls)) + inspect.getsource(objectives.base)
+    for key in objectives.options(name):
+        assert f"self.{key}" in text or f"objective.{key}" in text, key
+
+
+def test_every_key_of_the_model_is_used():
+    text = inspect.getsource(dit.DiT)
+    for key in config_lib.default().model:
+        assert f"self.{key}" in text, key
+
+
+def test_prepare_builds_what_the_config_says():
+    config = digits.get_config("small,model=S/4")
+    config.model.dtype = "bfloat16"
+    setup = run.prepare(config)
+    assert setup.network.hidden_size == 384 and setup.network.patch_size == 4
+    assert setup.network.dtype == jax.numpy.bfloat16
+    assert setup.network.num_classes == setup.num_classes == 10
+    assert setup.objective.null_label == 10
+    assert setup.image_shape == (8, 8, 1)
+    assert dict(setup.mesh.shape) == {"data": jax.device_count(), "fsdp": 1}

@@ -1,0 +1,171 @@
+"""One program on every mesh: the same numbers, a share of the memory, no wasted communication."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+# Optimisation of the machine code takes half of the time and comes after the layout is decided.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
+
+# ------------------------------------------------------------------ the same numbers
+
+MESHES = ("1x1", "8x1", "1x8", "2x4")
+
+# Why not bit for bit: see tests/test_resume.py. Found: 3e-7 at most of the scalars, 1e-7 of the
+# parameters, which three steps of lr = 1e-3 move by up to 3e-3.
+SCALARS_RTOL = 1e-5
+PARAMS_ATOL = 3e-6
+
+
+@pytest.fixture(scope="module")
+def trained(run_python, tmp_path_factory):
+    """A folder with what tests/programs/train_on_meshes.py writes, for every mesh."""
+    out = tmp_path_factory.mktemp("meshes")
+    for devices, meshes in ((1, ["1,1"]), (8, ["8,1", "1,8", "2,4"])):
+        args = ["-m", "tests.programs.train_on_meshes", str(out), *meshes]
+        env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
+        assert run_python(args, env=env, timeout=280).returncode == 0
+    return out
+
+
+def read_metrics(path):
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    keys = ("step", "loss", "loss/empirical", "grad_norm", "update_norm", "param_norm")
+    return [{key: json.loads(line)[key] for key in keys} for line in lines]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_every_mesh_trains_the_same(trained, mesh):
+    expected, found = read_metrics(trained / "1x1"), read_metrics(trained / mesh)
+    assert [line["step"] for line in expected] == [1, 2, 3]
+    for a, b in zip(expected, found, strict=True):
+        assert b == pytest.approx(a, rel=SCALARS_RTOL)
+    with np.load(trained / "1x1.npz") as a, np.load(trained / f"{mesh}.npz") as b:
+        assert sorted(a.files) == sorted(b.files)
+        for name in a.files:
+            np.testing.assert_allclose(b[name], a[name], rtol=0, atol=PARAMS_ATOL, err_msg=name)
+
+
+# ------------------------------------------------------------------ a share of the memory
+
+
+def shares(trained, mesh):
+    """name -> shape, bytes and bytes on each device, of parameters, EMA and optimizer state."""
+    arrays = json.loads((trained / f"{mesh}.json").read_text())
+    return {k: v for k, v in arrays.items() if k.startswith(("params/", "ema/", "opt_state/"))}
+
+
+@pytest.mark.parametrize("mesh, fsdp", [("1x8", 8), ("2x4", 4)])
+def test_fsdp_gives_each_device_its_part_of_the_state(trained, mesh, fsdp):
+    arrays = shares(trained, mesh)
+    for name, array in arrays.items():
+        splits = any(size % fsdp == 0 for size in array["shape"])
+        expected = array["bytes"] // fsdp if splits else array["bytes"]
+        assert array["shards"] == [expected] * 8, name
+    total = sum(array["bytes"] for array in arrays.values())
+    per_device = sum(array["shards"][0] for array in arrays.values())
+    assert 1 <= per_device / total * fsdp < 1.01  # few and small arrays cannot be split
+
+
+def test_data_parallel_copies_the_state(trained):
+    assert all(a["shards"] == [a["bytes"]] * 8 for a in shares(trained, "8x1").values())
+
+
+# ------------------------------------------------------------------ no wasted communication
+
+# name -> argument of configs/digits.py and changed keys. All with 8 devices, data-parallel.
+STEPS = {
+    "random": "objective=shortcut",
+    "stratified": "objective=shortcut;objective.step_size_sampling='stratified'",
+    "random_guided": "objective=shortcut;objective.cfg_scale=1.5",
+    "stratified_guided": "objective=shortcut;objective.cfg_scale=1.5;"
+    "objective.step_size_sampling='stratified'",
+    "flow_matching": "objective=flow_matching",
+    "authors_code": "authors_code",
+    "authors_code_guided": "authors_code;objective.cfg_scale=1.5",
+}
+
+COLLECTIVE = re.compile(
+    r"= (?P<shapes>.*?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast|reduce-scatter)(-start)?\("
+)
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def collectives(program):
+    """[(kind, bytes of the result)] of the collective operations of a compiled program's text."""
+    found = []
+    for line in program.splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", match["shapes"])
+            sizes = [
+                ITEM_BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+                for dtype, shape in arrays
+            ]
+            found.append((match["kind"], sum(sizes)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def compile_steps(run_python, tmp_path_factory):
+    """compile_steps(specs, devices): a folder with what tests/programs/compiled_steps.py writes."""
+
+    def run(specs, devices):
+        out = tmp_path_factory.mktemp("compiled")
+        args = ["-m", "tests.programs.compiled_steps", str(out)]
+        args += [f"{name}={spec}" for name, spec in specs.items()]
+        env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
+        assert run_python(args, env=env, timeout=280).returncode == 0
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compiled(compile_steps):
+    return compile_steps(STEPS, devices=8)
+
+
+def test_parser_of_compiled_programs_sees_a_gather(compiled):
+    kinds = {kind for kind, _ in collectives((compiled / "head_of_batch.txt").read_text())}
+    assert kinds - {"all-reduce"}, "the negative control holds no collective"
+    text = "  %a = (f32[3,4]{1,0}, s32[]) all-reduce-start(%x, %y), channel_id=1"
+    assert collectives(text) == [("all-reduce", 52)]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_data_parallel_step_only_sums_gradients(compiled, name):
+    """All-reduce of each gradient once, and of some scalars; nothing else crosses devices."""
+    found = collectives((compiled / f"{name}.txt").read_text())
+    parameters = json.loads((compiled / f"{name}.json").read_text())["parameters"]
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    scalars = sum(size for _, size in found) - 4 * parameters
+    assert 0 <= scalars < 1024
+
+
+# ------------------------------------------------------------------ no wasted arithmetic
+
+
+def forward_flops(tokens, hidden, depth, patch_dim):
+    """FLOPs of the matrix products for one row of a DiT, 2 per multiply-add."""
+    block = 24 * tokens * hidden**2 + 4 * tokens**2 * hidden  # qkv 6, out 2, MLP 16; attention
+    ends = 2 * 2 * tokens * hidden * patch_dim  # patch embedding and output
+    conditioning = 2 * (2 * 256 * hidden + 2 * hidden**2)  # MLPs of t and d
+    modulations = 2 * hidden * (6 * depth + 2) * hidden
+    return depth * block + ends + conditioning + modulations
+
+
+def test_step_has_the_flops_of_three_forwards_and_two_half_steps(compile_steps):
+    """Forward and backward cost 3 forwards per row, the bootstrap 2 more for its rows."""
+    size = {"hidden_size": 384, "depth": 2, "num_heads": 6, "patch_size": 1}
+    spec = ";".join(["", "batch_size=16", *(f"model.{k}={v}" for k, v in size.items())])
+    out = compile_steps({"large": spec}, devices=1)
+    found = json.loads((out / "large.json").read_text())["flops"]
+
+    row = forward_flops(tokens=64, hidden=384, depth=2, patch_dim=1)
+    rows, bootstrap_rows = 16, 4
+    assert found == pytest.approx(row * (3 * rows + 2 * bootstrap_rows), rel=0.03)
