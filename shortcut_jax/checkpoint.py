@@ -25,10 +25,17 @@ class Checkpoints:
       workdir: of the run.
       keep: how many of the newest to keep.
       read_only: for evaluation beside a run: creates and removes nothing.
+
+    Raises:
+      UserError: WORKDIR/checkpoints is a file.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], *, keep: int, read_only: bool = False):
         self.directory = Path(workdir).absolute() / "checkpoints"
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(
+                f"{self.directory} is a file; expected the folder of the checkpoints: move it away."
+            )
         self._report_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -72,7 +79,10 @@ class Checkpoints:
         path = self.directory / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
-            return {key: meta[key] for key in ("config", "data", "clock")} | meta
+            for part in ("config", "data", "clock"):
+                if not isinstance(meta[part], dict):
+                    raise TypeError(f"{part} is {meta[part]!r:.50}")
+            return meta
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(step, f"{path.name}: {error!r}") from error
 

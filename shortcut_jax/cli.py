@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from shortcut_jax import config as config_lib
+from shortcut_jax import validation
 from shortcut_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -136,7 +137,7 @@ def _check_keys(argv: Sequence[str], known: Mapping[str, Any]) -> None:
     for argument in argv[1:]:
         override = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if override and override[1] not in known:
-            raise UserError(f"--config.{config_lib.unknown_key(override[1], known)}")
+            raise UserError(f"--config.{validation.unknown_key(override[1], known)}")
 
 
 def _explain(refused: str, values: Mapping[str, Any]) -> str:
@@ -145,7 +146,7 @@ def _explain(refused: str, values: Mapping[str, Any]) -> str:
     if wrong_value:
         name, found = wrong_value[1], repr(wrong_value[2])
         if name.startswith("config."):
-            return f"--{config_lib.wrong_type(name, found, values[name.removeprefix('config.')])}"
+            return f"--{validation.wrong_type(name, found, values[name.removeprefix('config.')])}"
         kind = flags.FLAGS[name].flag_type()
         return f"--{name}={found} is not of type {kind}; give such a value, --help explains it."
     return (

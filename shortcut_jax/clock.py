@@ -110,15 +110,17 @@ class Clock:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Adds the time of the earlier processes to the time of this one so far.
 
+        What `state` lacks counts as zero: an earlier version may not have measured it.
+
         Time between the checkpoint and the kill is lost with the work done in it.
         """
         self._book()
         # Training time before this call belongs to no step, so it must stay out of the speed.
         before = self._speed_seconds()
         for name in self._seconds:
-            self._seconds[name] += float(state[f"seconds/{name}"])
-        self._device_seconds += float(state["device_seconds"])
-        step, seconds = state["interval_start/step"], state["interval_start/seconds"]
+            self._seconds[name] += float(state.get(f"seconds/{name}", 0.0))
+        self._device_seconds += float(state.get("device_seconds", 0.0))
+        step, seconds = (state.get(f"interval_start/{name}", 0.0) for name in ("step", "seconds"))
         self._interval_start = self._process_start = (float(step), float(seconds) + before)
 
     def _book(self) -> None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, sharding, state
+from shortcut_jax import data, sharding, state, validation
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.logs import write_atomically
@@ -44,12 +44,12 @@ def prepare(config: ConfigDict) -> Setup:
     Raises:
       UserError: the first thing in the config that is wrong.
     """
-    config_lib.check_values(config)
+    validation.check_values(config)
     image_shape, num_classes = data.describe(config.data.name)
     data.check_split(config.data.name, config.data.split)
     # All that can be known without a back end is checked before one is started.
-    config_lib.validate(config, image_shape)
-    axes = config_lib.check_devices(config, jax.device_count())
+    validation.validate(config, image_shape)
+    axes = validation.check_devices(config, jax.device_count())
     objective = config_lib.build_objective(config, num_classes)
     network = state.build_network(config, objective)
     return Setup(config, image_shape, num_classes, objective, network, sharding.make_mesh(*axes))

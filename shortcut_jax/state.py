@@ -46,7 +46,7 @@ def build_network(config: ConfigDict, objective: Objective) -> DiT:
     )
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, Any]:
     """Options to compile a program that differentiates the network with.
 
     On a CPU XLA drops optimisation barriers before it fuses, and with them what

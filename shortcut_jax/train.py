@@ -120,8 +120,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
-        run.claim_workdir(config, workdir)
         dataset = data.open_dataset(**run.dataset_args(config))
+        run.claim_workdir(config, workdir)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
 
     ##################################################################################
@@ -151,6 +151,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
+    evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
 
     start = checkpoints.latest()
     if start is None:
@@ -182,7 +183,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             .compile(compiler_options=state.compiler_options())
         )
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
-    evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
 
     ##################################################################################
     #  Loop. Do not change the order: evaluate -> save -> next batch -> step -> log.
@@ -262,9 +262,10 @@ def _check_finite(
         return
     checkpoints.wait()
     first = (step - 1) // config.log.every * config.log.every + 1
+    kept = checkpoints.latest()
+    found = "no checkpoint was saved" if kept is None else f"the newest good checkpoint is {kept}"
     raise UserError(
         f"training became non-finite between steps {first} and {step} (loss {averages['loss']}, "
-        f"gradient norm {averages['grad_norm']}); nothing was saved since "
-        f"checkpoint {checkpoints.latest()}: lower optimizer.lr, or resume from there with "
-        "optimizer.on_nonfinite=skip to leave such steps out."
+        f"gradient norm {averages['grad_norm']}), {found}; expected finite values: lower "
+        "optimizer.lr, or run again with optimizer.on_nonfinite=skip to leave such steps out."
     )

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from configs import digits, fashion_mnist
-from shortcut_jax import checkpoint, cli, metrics, run, train
+from shortcut_jax import checkpoint, cli, metrics, run, train, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 
@@ -352,10 +352,10 @@ BAD_MESHES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("overrides", "fragments"), BAD_MESHES.values(), ids=BAD_MESHES)
 def test_bad_meshes(overrides, fragments):
     config = small(**overrides)
-    config_lib.check_values(config)
-    config_lib.validate(config, (8, 8, 1))
+    validation.check_values(config)
+    validation.validate(config, (8, 8, 1))
     with pytest.raises(UserError) as error:
-        config_lib.check_devices(config, num_devices=8)
+        validation.check_devices(config, num_devices=8)
     assert_sentence(str(error.value), fragments)
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import configs
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import metrics, objectives, run, train
+from shortcut_jax import metrics, objectives, run, train, validation
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
 
@@ -222,7 +222,7 @@ def test_total_steps_is_fixed_under_a_schedule_that_ends_there():
     [(-1, 1, (8, 1)), (1, -1, (1, 8)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (8, -1, (8, 1))],
 )
 def test_mesh_shape(data, fsdp, expected):
-    assert config_lib.mesh_shape(ConfigDict({"data": data, "fsdp": fsdp}), 8) == expected
+    assert validation.mesh_shape(ConfigDict({"data": data, "fsdp": fsdp}), 8) == expected
 
 
 # ------------------------------------------------------------------- what --dry_run prints

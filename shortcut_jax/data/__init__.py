@@ -53,7 +53,7 @@ def check_split(name: str, split: str) -> None:
     parts = split.split("+")
     if not set(parts) <= set(known) or len(set(parts)) != len(parts):
         raise UserError(
-            f"split={split!r} is not a split of the data set {name}; expected one or more of "
+            f"data.split={split!r} is not a split of the data set {name}; expected one or more of "
             f"{', '.join(known)}, each once, joined by + (for example {'+'.join(known)!r})."
         )
 
@@ -88,7 +88,7 @@ def _local_data_dir(data_dir: str) -> Path:
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in chosen:
         raise UserError(
-            f"data_dir={chosen} is a remote address, expected a local folder; set data_dir or "
-            "$TFDS_DATA_DIR to one."
+            f"data.data_dir={chosen} is a remote address, expected a local folder; set "
+            "data.data_dir or $TFDS_DATA_DIR to one."
         )
     return Path(chosen).expanduser()

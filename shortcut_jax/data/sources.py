@@ -192,8 +192,8 @@ def prepare(
             _move(Path(generated.data_dir), Path(builder.data_dir))
     except OSError as error:
         raise UserError(
-            f"The data set {builder.name} cannot be written to data_dir={data_dir} ({error}); "
-            "expected a local folder that can be written: set data_dir or $TFDS_DATA_DIR to one."
+            f"The data set {builder.name} cannot be written to data.data_dir={data_dir} ({error}); "
+            "expected a local folder that can be written: set it or $TFDS_DATA_DIR to one."
         ) from error
     return make_builder(data_dir=data_dir)
 

@@ -133,10 +133,10 @@ class Shortcut(base.Objective):
         # 1) the size 2^-level of the step to learn; its two half-steps have size d
         level, stride = self._levels(draw("bootstrap/step_size"), labels.size)
         level = level.reshape(shape)
-        d = 0.5 ** (level + 1.0)
+        d = jnp.ldexp(1.0, -(level + 1))  # exact on every back end, as 2.0**level need not be
 
         # 2) t, on multiples of the step to learn: {0, 2d, ..., 1 - 2d}
-        sections = 2.0**level
+        sections = jnp.ldexp(1.0, level)
         t = jnp.floor(jax.random.uniform(draw("bootstrap/time"), shape) * sections) / sections
 
         # 3) x_t on the straight path
@@ -191,7 +191,7 @@ class Shortcut(base.Objective):
             ]
             v = query(*(jnp.concatenate(ab, axis=1) for ab in zip(regroup, twins, strict=True)))
             v_cond, v_uncond = v[:, :k], v[:, k:]
-            smallest = regroup[2] <= 1 / self.denoise_timesteps
+            smallest = self._is_smallest(regroup[2])
             v_guided = v_uncond + self.cfg_scale * (v_cond - v_uncond)
             return jnp.where(rows(smallest), v_guided, v_cond).reshape(x.shape)
 
@@ -213,7 +213,10 @@ class Shortcut(base.Objective):
 
     def query_size(self, d):
         # A step of 1/M is taken with the instantaneous velocity, which is what was trained.
-        return jnp.where(d <= 1 / self.denoise_timesteps, 0.0, d)
+        return jnp.where(self._is_smallest(d), 0.0, d)
+
+    def _is_smallest(self, d):
+        return d < 1.5 / self.denoise_timesteps  # sizes are powers of two: safe from rounding
 
 
 def stratified_levels(n: int, num_levels: int) -> tuple[np.ndarray, int]:

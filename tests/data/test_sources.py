@@ -135,7 +135,7 @@ def test_preparing_is_silent(tmp_path, capfd):
 
 def test_data_dir_that_is_not_a_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="data_dir=.*file/data .*set data_dir"):
+    with pytest.raises(UserError, match=r"data\.data_dir=.*file/data .*set it"):
         open_dataset("digits", split="train", data_dir=str(tmp_path / "file" / "data"))
 
 
