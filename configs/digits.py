@@ -29,7 +29,7 @@ def small(c: ConfigDict) -> None:
     c.total_steps = 8
     c.batch_size = 32
     c.model.update(hidden_size=32, depth=1, num_heads=2)
-    c.optimizer.warmup_steps = 2
+    c.optimizer.update(schedule="constant", warmup_steps=0)  # tests continue to more steps
     c.checkpoint.every = 4
     c.log.every = 2
     c.eval.update(every=4, num_samples=50, batch_size=32, steps=(1, 4), steps_in_loop=(1,))

@@ -548,7 +548,12 @@ def test_nonfinite_loss_stops_the_run(data_dir, tmp_path):
     )
     with pytest.raises(UserError) as error:
         train.train(config, tmp_path)
-    fragments = ("between steps 1 and 2", "checkpoint 1", "lower optimizer.lr", "on_nonfinite=skip")
+    fragments = (
+        "between steps 1 and 2",
+        "checkpoint is 1",
+        "lower optimizer.lr",
+        "on_nonfinite=skip",
+    )
     assert_sentence(str(error.value), fragments)
     assert checkpoint.Checkpoints(tmp_path, keep=3, read_only=True).steps() == [1]
     assert not (tmp_path / run.FINISHED).exists()

@@ -14,6 +14,9 @@ from configs import digits
 from shortcut_jax import checkpoint, data, run
 from shortcut_jax.errors import UserError
 
+# Orbax reads arrays concurrently and drops the other reads when one fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 META = {"config": {"seed": 0}, "data": {"next_step": 3}, "clock": {"device_seconds": 1.5}}
 
 
@@ -126,9 +129,6 @@ def test_an_unfinished_save_is_reported_and_ignored(saved, caplog, reopen):
 
 # ------------------------------------------------------------------ what cannot be read
 
-# orbax reads arrays concurrently and drops the other reads when one fails.
-drops_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def damage_arrays(folder):
     files = [path for path in (folder / "state").rglob("*") if path.is_file()]
@@ -140,7 +140,6 @@ def remove_arrays(folder):
     shutil.rmtree(folder / "state")
 
 
-@drops_reads
 @pytest.mark.parametrize("damage", [damage_arrays, remove_arrays])
 def test_damaged_arrays_name_the_folder_and_the_way_out(saved, damage, reopen):
     damage(saved / "checkpoints" / "6")
@@ -151,7 +150,6 @@ def test_damaged_arrays_name_the_folder_and_the_way_out(saved, damage, reopen):
     assert "\n" not in str(error.value)
 
 
-@drops_reads
 def test_the_only_checkpoint_has_another_way_out(saved, reopen):
     shutil.rmtree(saved / "checkpoints" / "3")
     remove_arrays(saved / "checkpoints" / "6")
@@ -172,7 +170,6 @@ def test_missing_or_wrong_meta_names_the_folder(saved, content, reopen):
     assert "continue from step 3" in str(error.value)
 
 
-@drops_reads
 def test_another_shape_is_refused(saved, reopen):
     shapes = shapes_of(make_state())
     kernel = shapes["params"]["kernel"]
@@ -181,7 +178,6 @@ def test_another_shape_is_refused(saved, reopen):
         reopen(saved).restore(6, shapes)
 
 
-@drops_reads
 def test_an_array_that_is_not_there_is_refused(saved, reopen):
     shapes = shapes_of(make_state())
     shapes["params"]["gate"] = shapes["params"]["kernel"]
@@ -203,7 +199,9 @@ def resumable(digits_config, tmp_path):
 
 @pytest.fixture
 def digits_config():
-    return digits.get_config("small")
+    config = digits.get_config("small")
+    config.optimizer.lr = 1e-3
+    return config
 
 
 def test_the_same_run_resumes(resumable):

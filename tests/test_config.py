@@ -299,9 +299,9 @@ def test_every_key_is_read(monkeypatch, tmp_path):
         }
     )  # fmt: skip
     flat = config_lib.flatten(config)
-    monkeypatch.setattr(config_lib, "check_values", lambda config: None)
-    monkeypatch.setattr(config_lib, "validate", lambda config, image_shape: None)
-    monkeypatch.setattr(config_lib, "check_devices", lambda config, n: (n, 1))
+    monkeypatch.setattr(validation, "check_values", lambda config: None)
+    monkeypatch.setattr(validation, "validate", lambda config, image_shape: None)
+    monkeypatch.setattr(validation, "check_devices", lambda config, n: (n, 1))
     monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
     monkeypatch.setattr(metrics, "load_extractor", lambda name: NoExtractor())
     read: set[str] = set()

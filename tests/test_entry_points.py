@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, state, train
+from shortcut_jax import data, state, train, validation
 from shortcut_jax.data.sources import Dataset
 
 SMALL = "--config=configs/digits.py:small"
@@ -71,16 +71,21 @@ def test_the_log_says_what_runs(fresh):
     assert "Resumed" not in log
 
 
-def test_more_steps_continue_the_run(fresh, run_python, tmp_path):
+def test_the_same_command_resumes(fresh, run_python, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(fresh[0], workdir)
-    flags = [SMALL, f"--workdir={workdir}", "--config.total_steps=10"]
-    done = run_python(["-m", "shortcut_jax.main", *flags])
-    assert done.returncode == 0 and "Resumed from step 8" in done.stderr
+    shutil.rmtree(workdir / "checkpoints" / "8")  # as after a kill before it was written
+    (workdir / "finished.json").unlink()
+    done = run_python(["-m", "shortcut_jax.main", SMALL, f"--workdir={workdir}"])
+    assert done.returncode == 0
+    assert (
+        "Resumed from step 4" in done.stderr and "Dropped 3 lines of metrics.jsonl" in done.stderr
+    )
     before, after = (read_lines(w / "metrics.jsonl") for w in (fresh[0], workdir))
-    assert after[: len(before)] == before
-    assert [line["step"] for line in after[len(before) :]] == [10]
-    assert json.loads((workdir / "finished.json").read_text()) == {"step": 10}
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[-1] == before[-1]  # the evaluation of step 8
+    assert results(workdir) == results(fresh[0])
+    assert json.loads((workdir / "finished.json").read_text()) == {"step": 8}
 
 
 def test_a_finished_run_started_again_changes_nothing(fresh, tmp_path):
@@ -230,6 +235,7 @@ def take_one_step(monkeypatch, tmp_path):
         monkeypatch.setattr(state, "compiler_options", lambda: options)  # compiles in half the time
         config.total_steps = config.log.every = 1
         config.log.tensorboard = False
+        config.optimizer.warmup_steps = 0
         assert train.train(config, tmp_path).step == 1
         return read_lines(tmp_path / "metrics.jsonl")[-1]
 
@@ -245,8 +251,8 @@ def test_every_config_takes_a_step_in_small(name, take_one_step):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_fits_its_data_set(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    config_lib.check_values(config)
-    config_lib.validate(config, data.describe(config.data.name)[0])
+    validation.check_values(config)
+    validation.validate(config, data.describe(config.data.name)[0])
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,6 @@ STEPS = {
     "objective.step_size_sampling='stratified'",
     "flow_matching": "objective=flow_matching",
     "authors_code": "authors_code",
-    "authors_code_guided": "authors_code;objective.cfg_scale=1.5",
 }
 
 COLLECTIVE = re.compile(

@@ -149,5 +149,5 @@ def test_data_dir_without_permission(tmp_path):
 def test_something_else_in_the_place_of_the_data(tmp_path):
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
     (tmp_path / "digits" / "1.0.0" / "notes.txt").touch()
-    with pytest.raises(UserError, match="digits cannot be written to data_dir=.*not empty"):
+    with pytest.raises(UserError, match="digits cannot be written to data.data_dir=.*not empty"):
         open_dataset("digits", split="train", data_dir=str(tmp_path))

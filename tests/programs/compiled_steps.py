@@ -51,6 +51,7 @@ def tiny_config(argument: str, overrides: dict) -> ConfigDict:
     config = digits.get_config(argument)
     config.model.update(TINY_S)
     config.batch_size = 64
+    config.objective.class_dropout = 0.1  # which guidance needs
     config.update_from_flattened_dict(overrides)
     return config
 

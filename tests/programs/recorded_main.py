@@ -3,7 +3,7 @@
 Appends a line per batch taken to WORKDIR/batches.txt: the step and a hash of the batch. Two
 variables say when the process sends itself SIGKILL, which runs no handler and flushes nothing:
 
-  KILL_AT_STEP=n   when batch n is asked for; waits until the checkpoint before it is complete
+  KILL_AT_STEP=n   when batch n is asked for and the last checkpoint before it is complete
   KILL_IN_SAVE=n   when checkpoint n is written and about to be renamed to its final place
 """
 
@@ -21,11 +21,11 @@ make_batches = pipeline.batches
 
 
 def recorded_batches(dataset, *, start_step, **settings):
-    workdir = Path(cli.workdir())
+    workdir, every = Path(cli.workdir()), cli.CONFIG.value.checkpoint.every
     iterator = make_batches(dataset, start_step=start_step, **settings)
     for step, batch in enumerate(iterator, start_step):
         if str(step) == os.environ.get("KILL_AT_STEP"):
-            while not any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir()):
+            while not (workdir / "checkpoints" / str(step // every * every)).exists():
                 time.sleep(0.01)
             kill()
         digest = hashlib.sha256(b"".join(batch[key].tobytes() for key in sorted(batch)))

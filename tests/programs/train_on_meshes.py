@@ -19,7 +19,8 @@ from shortcut_jax import sharding, train
 
 def small_config(data: int, fsdp: int) -> ConfigDict:
     config = digits.get_config("small")
-    config.update(total_steps=3)
+    config.total_steps = 3
+    config.optimizer.update(lr=1e-3, schedule="constant", warmup_steps=0)
     config.mesh.update(data=data, fsdp=fsdp)
     config.log.update(every=1, tensorboard=False)
     config.eval.every = 0
