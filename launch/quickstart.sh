@@ -23,10 +23,8 @@ cd -- "$ROOT"
 
 cat <<END
 
-Look at
-  $workdir/eval/samples.png     samples with 1, 2, 4 ... steps, the same noise in every row
-  $workdir/eval/curve.png       quality against the number of steps
-  $workdir/eval/results.jsonl   the numbers, each with its protocol
-  $workdir/metrics.jsonl        loss and speed during training
+Look at the samples first: every row starts from the same noise, and a column is a number of steps.
+The run itself:
+  $workdir/metrics.jsonl        losses, norms and speed during training
   "$VENV/bin/tensorboard" --logdir "$workdir"
 END
