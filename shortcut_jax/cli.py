@@ -38,7 +38,10 @@ def main(function: Callable[[], None]) -> None:
     logging.set_verbosity(logging.INFO)
     # Orbax reports a dozen lines per save through the same logger, and jax every missing back end.
     logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > stdlib_logging.INFO or not re.search("orbax|xla_bridge", record.pathname)
+        lambda record: (
+            record.levelno > stdlib_logging.INFO
+            or not re.search("orbax|xla_bridge", record.pathname)
+        )
     )
     app.run(guarded, flags_parser=_parse)
 
