@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-PHASES = ("start", "compile", "data", "evaluate", "checkpoint")
+PHASES = ("start", "pairs", "compile", "data", "evaluate", "checkpoint")
 
 # Waiting for data slows every step down, so it belongs in the speed. The other phases come a few
 # times per run, and would make the speed depend on whether one of them fell in the interval.

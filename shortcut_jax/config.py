@@ -15,13 +15,8 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
 
 # What the released code does wherever it differs from the paper (docs/differences.md).
+# The objectives add their own (`authors_code` in each).
 AUTHORS_CODE = {
-    "objective.bootstrap_fraction": 0.125,
-    "objective.step_size_sampling": "stratified",
-    "objective.flow_time_grid": 128,
-    "objective.noise_floor": 1e-5,
-    "objective.bootstrap_clip": 4.0,
-    "objective.reuse_images": True,
     "model.attention_scale": "linear",
     "model.time_scale": 1.0,
     "model.step_embedding": "log2",
@@ -38,6 +33,8 @@ def default() -> ConfigDict:
             "total_steps": 400_000,
             "batch_size": 256,  # over all devices
             "ema_rate": 0.999,  # per step; EMA parameters make bootstrap targets and samples
+            "teacher": "",  # workdir or checkpoint of a flow-matching model, for what distils one
+            "init_from": "",  # workdir or checkpoint to start from; "" = the teacher, or fresh
             "data": {
                 "name": "digits",
                 "split": "train",
@@ -94,6 +91,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "log",
     "eval",
+    "objective.sampler",
     "optimizer.on_nonfinite",
 )
 
@@ -144,9 +142,13 @@ def build(
 
 
 def _set_objective(config: ConfigDict, name: str) -> None:
-    options = objectives.options(name)
-    shared = {key: value for key, value in config.objective.items() if key in options}
+    options, before = objectives.options(name), objectives.options(config.objective.name)
+    # What the config file has set goes for every objective that has such a key.
+    shared = {k: v for k, v in config.objective.items() if k in options and v != before.get(k)}
+    if not objectives.OBJECTIVES[name].uses_guidance and shared.get("cfg_scale") != 0:
+        shared.pop("cfg_scale", None)
     config.objective = ConfigDict({"name": name, **options, **shared})
+    config.model.update(objectives.OBJECTIVES[name].model_settings)
 
 
 def _model_size(text: str) -> dict[str, int]:
@@ -162,8 +164,8 @@ def _model_size(text: str) -> dict[str, int]:
 def _set_authors_code(config: ConfigDict) -> None:
     for path, value in AUTHORS_CODE.items():
         section, key = path.split(".")
-        if key in config[section]:  # flow matching has no bootstrap keys
-            config[section][key] = value
+        config[section][key] = value
+    config.objective.update(objectives.OBJECTIVES[config.objective.name].authors_code)
 
 
 # ---------------------------------------------------------------------- resolved configs
@@ -183,9 +185,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines "key: old -> new" for every flat key that a resumed run may not change."""
 
+    staged = any(_is_staged(flat) for flat in (old, new))
+
     def fixed(key):
-        if key == "total_steps":  # more steps of a constant schedule continue the same run
-            return new.get("optimizer.schedule") != "constant"
+        if key == "total_steps":  # more steps continue the same run if none depends on the last
+            return staged or new.get("optimizer.schedule") != "constant"
         return not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE_ON_RESUME)
 
     absent = "(absent)"
@@ -194,6 +198,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if fixed(key) and old.get(key, absent) != new.get(key, absent)
     ]
+
+
+def _is_staged(flat: Mapping[str, Any]) -> bool:
+    prefix = "objective."
+    section = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
+    name = section.pop("name", None)
+    return name is not None and objectives.build(name, 0, **section).num_stages > 1
 
 
 def build_objective(config: ConfigDict, num_classes: int) -> objectives.Objective:

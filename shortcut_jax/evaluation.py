@@ -119,7 +119,7 @@ class Evaluator:
             "step": step,
             "num_samples": config.eval.num_samples,
             "sampling_steps": num_steps,
-            "sampler": "euler",
+            "sampler": setup.objective.sampler,
             "objective": config.objective.name,
             "params": config.eval.params,
             "ema_rate": config.ema_rate,

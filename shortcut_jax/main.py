@@ -11,10 +11,13 @@ DRY_RUN = flags.DEFINE_bool(
 
 def main() -> None:
     """Trains, or resumes: the command is the same."""
-    from shortcut_jax import run, train  # after the flags: a wrong one should fail at once
+    # after the flags: a wrong one should fail at once
+    from shortcut_jax import pretrained, run, train
 
     if DRY_RUN.value:
-        print(run.summary(run.prepare(cli.CONFIG.value)))
+        setup = run.prepare(cli.CONFIG.value)
+        pretrained.find(cli.CONFIG.value)
+        print(run.summary(setup))
     else:
         train.train(cli.CONFIG.value, cli.workdir())
 

@@ -98,7 +98,7 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     path = Path(workdir) / "config.json"
     flat = config_lib.flatten(config)
     if os.path.exists(path):  # unlike path.exists(), also where looking is not permitted
-        _refuse_differences(_read_json(path), flat, str(path))
+        _refuse_differences(read_config(workdir), flat, str(path))
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,11 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
                 f"--workdir={workdir} cannot be written ({error}); expected a folder that can be "
                 "created and written to: choose another one or mend its permissions."
             ) from error
+
+
+def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
+    """Whether a run in the workdir would resume. (Unfinished checkpoints have longer names.)"""
+    return any(p.name.isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
 
 
 def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
@@ -122,9 +127,13 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
             f"--workdir={workdir} holds no run (no {path.name} to read); expected the workdir of a "
             "training run: train first with python -m shortcut_jax.main, or mend the path."
         )
-    trained, flat = _read_json(path), config_lib.flatten(config)
+    trained, flat = read_config(workdir), config_lib.flatten(config)
     used = ("model.", "objective.", "data.name")
-    matters = {key for key in trained.keys() | flat.keys() if key.startswith(used)}
+    matters = {
+        key
+        for key in trained.keys() | flat.keys()
+        if key.startswith(used) and key not in config_lib.MAY_CHANGE_ON_RESUME
+    }
     _refuse_differences(
         {k: v for k, v in trained.items() if k in matters},
         {k: v for k, v in flat.items() if k in matters},
@@ -132,7 +141,17 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The flat config of the run in a workdir (UserError if it cannot be read)."""
+    return read_json(Path(workdir) / "config.json", "the config of the run")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+      UserError: it cannot be read; `what` says what it should be.
+    """
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
@@ -140,8 +159,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({error}); expected the config of the run: restore "
-            "it, or use another --workdir."
+            f"{path} cannot be read as JSON ({error}); expected {what}: restore it, or use "
+            "another --workdir."
         ) from error
 
 

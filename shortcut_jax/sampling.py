@@ -21,28 +21,53 @@ Sampler = Callable[[Any, np.ndarray, int], tuple[jax.Array, jax.Array]]
 
 
 def initial(
-    seed: int, indices: jax.Array, image_shape: tuple[int, int, int], num_classes: int
+    seed: int,
+    indices: jax.Array,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    scope: str = "eval",
 ) -> tuple[jax.Array, jax.Array]:
-    """Noise [B, H, W, C] ~ N(0, I) and uniform labels [B] of the samples `indices` [B]."""
+    """Noise [B, H, W, C] ~ N(0, I) and uniform labels [B] of the samples `indices` [B].
+
+    Samples of another `scope` are other samples.
+    """
 
     def one(i):
-        noise = jax.random.normal(rng.stream(seed, "eval/noise", i), image_shape)
-        return noise, jax.random.randint(rng.stream(seed, "eval/label", i), (), 0, num_classes)
+        noise = jax.random.normal(rng.stream(seed, f"{scope}/noise", i), image_shape)
+        return noise, jax.random.randint(rng.stream(seed, f"{scope}/label", i), (), 0, num_classes)
+
+    return jax.vmap(one)(indices)
+
+
+def step_noise(
+    seed: int, indices: jax.Array, step: jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """N(0, I) [B, H, W, C] that sampling step `step` adds to the samples `indices` [B]."""
+
+    def one(i):
+        key = jax.random.fold_in(rng.stream(seed, "eval/step_noise", i), step)
+        return jax.random.normal(key, image_shape)
 
     return jax.vmap(one)(indices)
 
 
 def integrate(
-    objective: Objective, velocity: Velocity, x: jax.Array, labels: jax.Array, num_steps: jax.Array
+    objective: Objective,
+    velocity: Velocity,
+    x: jax.Array,
+    labels: jax.Array,
+    num_steps: jax.typing.ArrayLike,
+    noise: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """Moves x [B, H, W, C] from t = 0 to t = 1 in `num_steps` equal steps of the objective's rule.
 
-    `num_steps` may be traced: one compiled program serves every number of steps.
+    `num_steps` may be traced: one compiled program serves every number of steps. `noise(i)` is what
+    step i of a stochastic sampler adds.
     """
     d = jnp.full(labels.shape, 1.0 / num_steps)
 
     def body(i, x):
-        return objective.step(velocity, x, i * d, d, labels)
+        return objective.step(velocity, x, i * d, d, labels, lambda: noise(i))
 
     return jax.lax.fori_loop(0, num_steps, body, x)
 
@@ -56,6 +81,7 @@ def make_sampler(
     seed: int,
     image_shape: tuple[int, int, int],
     num_classes: int,
+    scope: str = "eval",
 ) -> Sampler:
     """A compiled sampler whose batch is split over the mesh.
 
@@ -67,6 +93,7 @@ def make_sampler(
       seed: of noise and labels.
       image_shape: (H, W, C).
       num_classes: labels are drawn uniformly from [0, num_classes).
+      scope: see `initial`.
     """
     rows = sharding.batch_sharding(mesh)
 
@@ -74,8 +101,12 @@ def make_sampler(
     def program(guided: bool):
         def sample(params, indices, num_steps):
             velocity = sampling_velocity(objective, functools.partial(apply, params), guided)
-            x, labels = initial(seed, indices, image_shape, num_classes)
-            return integrate(objective, velocity, x, labels, num_steps), labels
+            x, labels = initial(seed, indices, image_shape, num_classes, scope)
+
+            def noise(i):
+                return step_noise(seed, indices, i, image_shape)
+
+            return integrate(objective, velocity, x, labels, num_steps, noise), labels
 
         return jax.jit(
             sample,

@@ -23,6 +23,7 @@ class TrainState:
     params: Any
     ema: Any  # like params
     opt_state: Any
+    teacher: Any  # like params, or {} for objectives without one
     metrics: dict[str, metrics.Average]  # averages since the last log
 
 

@@ -14,13 +14,13 @@ from clu import parameter_overview
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, data, evaluation, rng, run, sharding, state
+from shortcut_jax import checkpoint, data, evaluation, pairs, pretrained, rng, run, sharding, state
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
 from shortcut_jax.logs import MetricLogger
 from shortcut_jax.models.dit import DiT
-from shortcut_jax.objectives import Batch, Objective, Velocities
+from shortcut_jax.objectives import Batch, Objective, Progress, Velocities
 from shortcut_jax.state import TrainState
 
 ######################################################################################
@@ -52,15 +52,24 @@ def make_train_step(
 
     def train_step(old: TrainState, batch: Batch) -> TrainState:
         draw = rng.draws(config.seed, "train", old.step)
+        progress = Progress(old.step, config.total_steps)
+        teacher = old.teacher
+        if objective.promotes_student:
+            promote = progress.starts_stage(objective.num_stages)
+            teacher = jax.tree.map(lambda t, s: jnp.where(promote, s, t), teacher, old.ema)
         velocities = Velocities(
-            online=functools.partial(apply, old.params), ema=functools.partial(apply, old.ema)
+            online=functools.partial(apply, old.params),
+            ema=functools.partial(apply, old.ema),
+            teacher=functools.partial(apply, teacher) if objective.teacher == "targets" else None,
         )
-        targets, scalars = objective.targets(draw, batch, velocities, num_shards)
+        targets, scalars = objective.targets(draw, batch, velocities, progress, num_shards)
+        pixels = targets.target[0].size
 
         def loss_fn(params):
             prediction = apply(params, targets.x_t, targets.t, targets.d, targets.labels)
             row_loss = jnp.mean((prediction - targets.target) ** 2, axis=(1, 2, 3))  # [B]
-            return jnp.mean(targets.weight * row_loss), row_loss
+            adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss) * pixels)
+            return jnp.mean(targets.weight * adaptive * row_loss), row_loss
 
         (loss, row_loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(old.params)
         updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
@@ -80,6 +89,7 @@ def make_train_step(
             mask = targets.branch == index
             averages[f"loss/{name}"] = Average.from_model_output(row_loss, mask=mask)
         if config.optimizer.on_nonfinite == "skip":
+            # (The teacher is not among them: whether it is promoted does not depend on the loss.)
             learned = (params, ema, opt_state, averages)
             kept = (old.params, old.ema, old.opt_state, jax.tree.map(jnp.zeros_like, averages))
             params, ema, opt_state, averages = jax.tree.map(
@@ -93,7 +103,7 @@ def make_train_step(
             averages = jax.tree.map(
                 lambda sum, new: jnp.where(fresh, new, sum + new), dict(old.metrics), averages
             )
-        return TrainState(old.step + 1, params, ema, opt_state, averages)
+        return TrainState(old.step + 1, params, ema, opt_state, teacher, averages)
 
     return train_step
 
@@ -118,6 +128,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     setup = run.prepare(config)
     objective, network, mesh = setup.objective, setup.network, setup.mesh
+    resuming = run.has_checkpoint(workdir)
+    origins = pretrained.find(config, resuming)
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
         dataset = data.open_dataset(**run.dataset_args(config))
@@ -135,12 +147,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     def init() -> TrainState:
         params = state.init_params(network, setup.image_shape, config.seed)
         # The EMA starts at the initial parameters: no warm-up, no bias correction (1.16).
+        ema = jax.tree.map(jnp.copy, params)
+        teacher = jax.tree.map(jnp.copy, params) if objective.teacher == "targets" else {}
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, jax.tree.map(jnp.copy, params), optimizer.init(params), {})
+        return TrainState(step, params, ema, optimizer.init(params), teacher, {})
 
     def empty_batch() -> Batch:
         image = jnp.zeros((config.batch_size, *setup.image_shape))
-        return Batch(image, jnp.zeros(config.batch_size, jnp.int32))
+        noise = image if objective.teacher == "pairs" else None
+        return Batch(image, jnp.zeros(config.batch_size, jnp.int32), noise)
 
     batch_shape = jax.eval_shape(empty_batch)
     metrics_shape = jax.eval_shape(train_step, jax.eval_shape(init), batch_shape).metrics
@@ -152,14 +167,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
     evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
+    if objective.teacher == "pairs" and origins.teacher:
+        with clock.phase("pairs"):
+            train_data = pairs.prepare(setup, origins.teacher, state_sharding.params, workdir)
+    else:
+        train_data = dataset
 
     start = checkpoints.latest()
     if start is None:
         train_state = jax.jit(init_with_metrics, out_shardings=state_sharding)()
+        train_state = pretrained.start_from(origins, train_state, state_sharding)
     else:
         with clock.phase("start"):
             meta = checkpoints.meta(start)
-            run.check_resume(config, meta, dataset, checkpoints.directory / str(start))
+            run.check_resume(config, meta, train_data, checkpoints.directory / str(start))
             shapes = checkpoint.with_shardings(state_shape, state_sharding)
             train_state = TrainState(**checkpoints.restore(start, _fields(shapes)))
             clock.load_state_dict(meta["clock"])
@@ -192,14 +213,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     first = start or 0
     batches = pipeline.batches(
-        dataset,
+        train_data,
         batch_size=config.batch_size,
         seed=config.seed,
         start_step=first,
         num_steps=max(config.total_steps - first, 0),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        flip=config.data.flip,
+        flip=config.data.flip and train_data is dataset,  # pairs are what the teacher made
     )
     with MetricLogger(
         workdir,
@@ -223,7 +244,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 jax.block_until_ready(train_state)
                 _check_finite(_averages(train_state), step, config, checkpoints)
                 with clock.phase("checkpoint"):
-                    position = run.data_position(config, dataset, step)
+                    position = run.data_position(config, train_data, step)
                     meta = run.checkpoint_meta(config, position, clock.state_dict())
                     checkpoints.save(step, _fields(train_state), meta)
             if last:

@@ -48,6 +48,7 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """
     _check_model(config.model, image_shape)
     _check_guidance(config.objective)
+    _check_teacher(config)
     _check_metrics(config.eval.metrics, image_shape)
     warmup, total = config.optimizer.warmup_steps, config.total_steps
     check(
@@ -115,10 +116,12 @@ _POSITIVE = (
     "total_steps", "batch_size", "model.patch_size", "model.hidden_size", "model.depth",
     "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr", "optimizer.eps",
     "checkpoint.every", "checkpoint.keep", "log.every", "eval.batch_size", "eval.grid_rows",
+    "objective.num_pairs", "objective.pair_steps", "objective.reflow_steps", "objective.time_std",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",
     "objective.cfg_scale", "objective.flow_time_grid", "objective.bootstrap_clip",
+    "objective.weight_power",
 )  # fmt: skip
 _IN_0_1 = ("ema_rate", "optimizer.b1", "optimizer.b2", "objective.noise_floor")  # 1 excluded
 _PROBABILITIES = ("objective.class_dropout",)
@@ -267,9 +270,29 @@ def _check_model(model: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
 
 
+def _check_teacher(config: ConfigDict) -> None:
+    name, asked = config.objective.name, objectives.OBJECTIVES[config.objective.name].teacher
+    check(
+        bool(config.teacher) or asked == "none",
+        f"teacher is empty, but objective={name} learns from a trained flow-matching model; "
+        "expected the workdir or checkpoint of one: set --config.teacher=runs/flow_matching.",
+    )
+    check(
+        not config.teacher or asked != "none",
+        f"teacher={config.teacher} is set, but objective={name} has no teacher; expected it "
+        "empty: leave it out, or use init_from to start from the parameters of that run.",
+    )
+
+
 def _check_guidance(objective: ConfigDict) -> None:
-    if "class_dropout" not in objective:
-        return
+    cls = objectives.OBJECTIVES[objective.name]
+    check(
+        cls.uses_guidance or objective.cfg_scale in (0, 1),
+        f"objective.cfg_scale={objective.cfg_scale} asks for guidance, which objective="
+        f"{objective.name} has none of; expected 1 (labels) or 0 (no labels): set one of them.",
+    )
+    if "class_dropout" not in objective or cls.teacher == "pairs":
+        return  # what is guided there is the teacher (`shortcut_jax.pretrained`)
     scale, dropout = objective.cfg_scale, objective.class_dropout
     check(
         dropout > 0 or scale in (0, 1),

@@ -54,7 +54,7 @@ def test_pauses_stay_out_of_speed_and_eta_but_are_reported():
     assert report["eta_seconds"] == pytest.approx(80.0)
     assert report["seconds/training"] == pytest.approx(20)
     assert {name: report[f"seconds/{name}"] for name in PHASES} == pytest.approx(
-        {"start": 3, "compile": 50, "data": 0, "evaluate": 100, "checkpoint": 27}
+        {"start": 3, "pairs": 0, "compile": 50, "data": 0, "evaluate": 100, "checkpoint": 27}
     )
     assert report["fraction/evaluate"] == pytest.approx(0.5)
     fractions = [value for name, value in report.items() if name.startswith("fraction/")]

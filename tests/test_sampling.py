@@ -31,7 +31,11 @@ def start(n=3):
 @functools.cache
 def integrator(objective, velocity):
     """integrate as the sampler calls it: compiled once for all numbers of steps."""
-    return jax.jit(functools.partial(sampling.integrate, objective, velocity))
+    return jax.jit(functools.partial(sampling.integrate, objective, velocity, noise=no_noise))
+
+
+def no_noise(*step):
+    raise AssertionError("a deterministic sampler draws no noise")
 
 
 # ---- the rule of a step, over the whole of [0, 1] ------------------------------------------------
@@ -95,7 +99,7 @@ def test_step_i_is_asked_at_i_over_n_with_size_1_over_n(objective, num_steps):
         return jnp.zeros_like(x)
 
     x, labels = start()
-    end = jax.jit(functools.partial(sampling.integrate, objective, velocity))(x, labels, num_steps)
+    end = integrator(objective, velocity)(x, labels, num_steps)
     jax.block_until_ready(end)
     jax.effects_barrier()
     times, sizes = np.array(asked).swapaxes(0, 1)
@@ -112,7 +116,7 @@ def test_rows_may_be_at_different_times_and_take_steps_of_different_sizes():
 
     x, labels = start()
     t, d = jnp.asarray([0.0, 0.5, 0.75]), jnp.asarray([1.0, 0.25, 1 / 128])
-    end = SHORTCUT.step(velocity, x, t, d, labels)
+    end = SHORTCUT.step(velocity, x, t, d, labels, no_noise)
     moved = [x[0] + 100, x[1] + 5 + 25 + 1000, x[2] + 7.5 + 2000]
     expected = [x[0] + moved[0], x[1] + moved[1] / 4, x[2] + moved[2] / 128]
     np.testing.assert_allclose(end, expected, rtol=1e-6)

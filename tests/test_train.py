@@ -19,7 +19,7 @@ def test_step_is_adamw_on_the_mean_squared_error_then_ema():
     optimizer = state.build_optimizer(config)
     params = state.init_params(network, (8, 8, 1), seed=0)
     ema = jax.tree.map(lambda a: a + 1.0, params)  # unlike the parameters
-    old = state.TrainState(jnp.int32(0), params, ema, optimizer.init(params), {})
+    old = state.TrainState(jnp.int32(0), params, ema, optimizer.init(params), {}, {})
     batch = Batch(jnp.full((8, 8, 8, 1), 0.5), jnp.arange(8))
 
     new = jax.jit(train.make_train_step(config, network, objective, optimizer, 1))(old, batch)

@@ -64,7 +64,8 @@ def batches(
       prefetch: batches made ahead.
 
     Returns:
-      Iterator of {"image": float32 [b, H, W, C] in -1..1, "label": int32 [b]}.
+      Iterator of {"image": float32 [b, H, W, C], pixels in -1..1, "label": int32 [b]}, and whatever
+      else the data set has.
 
     Raises:
       UserError: batch_size is not a positive multiple of process_count.
@@ -80,12 +81,14 @@ def batches(
 
     def make_batch(step: int) -> Batch:
         indices = _row_indices(step * batch_size + owned, dataset.size, epoch_order)
-        rows = dataset.rows(indices)
-        image = rows["image"].astype(np.float32) / 127.5 - 1
+        rows = dict(dataset.rows(indices))
+        image = rows.pop("image")
+        if image.dtype == np.uint8:
+            image = image.astype(np.float32) / 127.5 - 1
         if flip:
             mirrored = flips(seed, step, batch_size)[owned]
             image[mirrored] = image[mirrored, :, ::-1]
-        return {"image": image, "label": rows["label"]}
+        return {"image": image, **rows}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))

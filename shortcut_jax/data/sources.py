@@ -51,7 +51,8 @@ class Dataset:
           indices: int [n], 0..size-1, n >= 1.
 
         Returns:
-          {"image": uint8 [n, H, W, C] in 0..255, "label": int32 [n] in 0..num_classes-1}.
+          {"image": uint8 [n, H, W, C] in 0..255, "label": int32 [n] in 0..num_classes-1}; or, for
+          what a network made, float32 images as it sees them, and more (`shortcut_jax.pairs`).
 
         Raises:
           IndexError: an index is negative or not below `size`.

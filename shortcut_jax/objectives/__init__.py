@@ -4,16 +4,34 @@ import dataclasses
 from typing import Any
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives.base import Batch, Objective, Targets, Velocities
+from shortcut_jax.objectives.base import Batch, Objective, Progress, Targets, Velocities
+from shortcut_jax.objectives.consistency_distillation import ConsistencyDistillation
+from shortcut_jax.objectives.consistency_training import ConsistencyTraining
+from shortcut_jax.objectives.diffusion import Diffusion
 from shortcut_jax.objectives.flow_matching import FlowMatching
+from shortcut_jax.objectives.live_reflow import LiveReflow
+from shortcut_jax.objectives.mean_flow import MeanFlow
+from shortcut_jax.objectives.progressive_distillation import ProgressiveDistillation
+from shortcut_jax.objectives.reflow import Reflow
 from shortcut_jax.objectives.shortcut import Shortcut
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "shortcut": Shortcut,
+    # The rows of the paper's Table 1, in its order.
+    "progressive_distillation": ProgressiveDistillation,
+    "consistency_distillation": ConsistencyDistillation,
+    "reflow": Reflow,
+    "diffusion": Diffusion,
     "flow_matching": FlowMatching,
+    "consistency_training": ConsistencyTraining,
+    "live_reflow": LiveReflow,
+    "shortcut": Shortcut,
+    # Later than the paper.
+    "mean_flow": MeanFlow,
 }
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "Targets", "Velocities", "build", "options"]
+__all__ = [
+    "OBJECTIVES", "Batch", "Objective", "Progress", "Targets", "Velocities", "build", "options",
+]  # fmt: skip
 
 
 def options(name: str) -> dict[str, Any]:

@@ -7,13 +7,15 @@ velocity of the flow.
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shortcut_jax import rng
+from shortcut_jax.errors import UserError
 
 # velocity(x [B,H,W,C], t [B], d [B], labels [B]) -> prediction [B,H,W,C]
 Velocity = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -25,14 +27,34 @@ class Batch:
 
     image: jax.Array  # [B, H, W, C] float32, pixels in [-1, 1] or latents
     label: jax.Array  # [B] int32 in [0, num_classes)
+    noise: jax.Array | None = None  # like image: of pairs (reflow), where x_0 belongs to x_1
 
 
 @flax.struct.dataclass
 class Velocities:
-    """The networks an objective may ask. Both are the same function of different parameters."""
+    """The networks an objective may ask. All are the same function of different parameters."""
 
     online: Velocity = flax.struct.field(pytree_node=False)
     ema: Velocity = flax.struct.field(pytree_node=False)
+    teacher: Velocity | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@flax.struct.dataclass
+class Progress:
+    """Where training stands, for methods whose targets change as it goes."""
+
+    step: jax.Array  # int32, number of updates done
+    total_steps: int = flax.struct.field(pytree_node=False)
+
+    def stage(self, num_stages: int) -> jax.Array:
+        """Which of `num_stages` equal parts of the training this step is in: int32 from 0."""
+        starts = [-(-i * self.total_steps // num_stages) for i in range(1, num_stages)]
+        return jnp.sum(self.step >= np.array(starts, np.int32), dtype=jnp.int32)
+
+    def starts_stage(self, num_stages: int) -> jax.Array:
+        """Whether this is the first step of a stage other than the first: bool."""
+        before = self.replace(step=self.step - 1)  # type: ignore[attr-defined]
+        return self.stage(num_stages) != before.stage(num_stages)
 
 
 @flax.struct.dataclass
@@ -53,17 +75,37 @@ class Objective(abc.ABC):
 
     Attributes:
       uses_step_size: whether the network is told the step size d.
+      uses_guidance: whether cfg_scale may be anything but 0 (unconditional) and 1 (no guidance).
+      teacher: who the trained network `config.teacher` is asked by: nobody, `targets` in every
+        step, or the sampler that makes pairs of noise and sample before training.
+      num_stages: equal parts of the training that differ in their targets.
+      promotes_student: whether the teacher becomes the EMA of the student at the end of a stage.
+      model_settings: keys of config.model that the method cannot do without, set with it.
+      authors_code: values of its config keys with which it does what the released code does.
       null_label: the label that stands for "no class": num_classes.
+      cfg_scale: scale of classifier-free guidance: 1 = none, 0 = unconditional.
+      sampler: name of the rule in `step`.
     """
 
-    uses_step_size: ClassVar[bool]
+    uses_step_size: ClassVar[bool] = False
+    uses_guidance: ClassVar[bool] = True
+    teacher: ClassVar[Literal["none", "targets", "pairs"]] = "none"
+    promotes_student: ClassVar[bool] = False
+    model_settings: ClassVar[Mapping[str, Any]] = {}
+    authors_code: ClassVar[Mapping[str, Any]] = {}
     null_label: int
     cfg_scale: float
+    sampler: str = "euler"
 
     @property
-    @abc.abstractmethod
     def num_levels(self) -> int:
         """log2(1/d) of the smallest step size d; 0 for methods without step sizes."""
+        return 0
+
+    @property
+    def num_stages(self) -> int:
+        """See the class."""
+        return 1
 
     @property
     @abc.abstractmethod
@@ -71,8 +113,15 @@ class Objective(abc.ABC):
         """Names of the kinds of rows in a batch, for the logs; Targets.branch indexes them."""
 
     @abc.abstractmethod
+    def target_evaluations(self, batch_size: int) -> float:
+        """Rows that `targets` passes forward through a network in one step, on average.
+
+        Training on the batch costs three more for each of its rows: forward 1, backward 2 (the
+        paper's accounting of compute).
+        """
+
     def validate(self, batch_size: int, num_shards: int) -> None:
-        """Refuses a batch that this objective cannot split as its method says.
+        """Refuses settings that contradict each other, or a batch that cannot be split.
 
         Args:
           batch_size: global batch size.
@@ -81,10 +130,20 @@ class Objective(abc.ABC):
         Raises:
           UserError: naming the smallest batch size that works.
         """
+        if batch_size % num_shards:
+            raise UserError(
+                f"batch_size={batch_size} cannot be split over {num_shards} devices; the smallest "
+                f"larger size that works is {-(-batch_size // num_shards) * num_shards}."
+            )
 
     @abc.abstractmethod
     def targets(
-        self, draw: rng.Draw, batch: Batch, velocities: Velocities, num_shards: int = 1
+        self,
+        draw: rng.Draw,
+        batch: Batch,
+        velocities: Velocities,
+        progress: Progress,
+        num_shards: int = 1,
     ) -> tuple[Targets, Mapping[str, jax.Array]]:
         """Builds the targets of one step.
 
@@ -92,6 +151,7 @@ class Objective(abc.ABC):
           draw: gives the key of a named stream at this step.
           batch: real data.
           velocities: the networks that may be asked for targets.
+          progress: where training stands.
           num_shards: parts the batch is sharded into. A hint about the layout: it decides where
             rows are computed, never what they are.
 
@@ -99,20 +159,31 @@ class Objective(abc.ABC):
           The targets, in the batch's row order, and scalars to log.
         """
 
-    @abc.abstractmethod
+    def adaptive_weight(self, squared_error: jax.Array) -> jax.Array:
+        """Weight [B] of rows by their squared error [B], summed over pixels; no gradient in it."""
+        return jnp.ones_like(squared_error)
+
     def check_steps(self, num_steps: int) -> None:
         """Refuses a number of sampling steps that the method is not defined for (UserError)."""
+        if num_steps < 1:
+            raise UserError(f"eval.steps holds {num_steps}; a number of steps is at least 1.")
 
     @abc.abstractmethod
     def guided(self, num_steps: int) -> bool:
         """Whether sampling in `num_steps` steps applies classifier-free guidance explicitly."""
 
-    @abc.abstractmethod
     def query_size(self, d: jax.Array) -> jax.Array:
         """The step size the network is asked with when the sampler moves by d."""
+        return jnp.zeros_like(d)
 
     def step(
-        self, velocity: Velocity, x: jax.Array, t: jax.Array, d: jax.Array, labels: jax.Array
+        self,
+        velocity: Velocity,
+        x: jax.Array,
+        t: jax.Array,
+        d: jax.Array,
+        labels: jax.Array,
+        noise: Callable[[], jax.Array],
     ) -> jax.Array:
         """Moves samples from t to t + d: x + d * s(x, t, d) (paper, Algorithm 2).
 
@@ -120,9 +191,12 @@ class Objective(abc.ABC):
           velocity: the network, guided where `guided` says so.
           x: [B, H, W, C].
           t: [B].
-          d: [B].
+          d: [B], the same for all; 1 / d is the number of steps.
           labels: [B].
+          noise: draws N(0, I) of the shape of x, for this step alone; deterministic methods never
+            call it.
         """
+        del noise
         return x + rows(d) * velocity(x, t, self.query_size(d), labels)
 
 
@@ -162,29 +236,3 @@ def sampling_velocity(objective: Objective, velocity: Velocity, guided: bool) ->
     if scale != 0.0 and not guided:
         scale = 1.0
     return guide(velocity, scale, objective.null_label)
-
-
-def interpolate(
-    x0: jax.Array, x1: jax.Array, t: jax.Array, noise_floor: float
-) -> tuple[jax.Array, jax.Array]:
-    """The straight path and its velocity: x_t = (1-t) x0 + t x1, v = x1 - x0.
-
-    `noise_floor` (1e-5 in the released code, 0 in the paper) keeps that much noise at t = 1:
-    x_t = (1 - (1-f) t) x0 + t x1 and v = x1 - (1-f) x0.
-    """
-    keep = 1.0 - noise_floor
-    return (1.0 - keep * rows(t)) * x0 + rows(t) * x1, x1 - keep * x0
-
-
-def sample_flow_times(key: jax.Array, shape: tuple[int, ...], grid: int) -> jax.Array:
-    """t of the flow-matching rows: U[0, 1) (paper), or uniform on {0, 1/grid, ...} if grid > 0."""
-    t = jax.random.uniform(key, shape)
-    return jnp.floor(t * grid) / grid if grid else t
-
-
-def drop_labels(
-    key: jax.Array, labels: jax.Array, probability: float, null_label: int
-) -> jax.Array:
-    """Replaces each label by the null label with the given probability (for guidance)."""
-    dropped = jax.random.bernoulli(key, probability, labels.shape)
-    return jnp.where(dropped, null_label, labels)

@@ -4,66 +4,43 @@ E || v(x_t, t) - (x_1 - x_0) ||^2 on the straight path x_t = (1 - t) x_0 + t x_1
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-
-from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import base
+from shortcut_jax.objectives import base, common
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching(base.Objective):
-    """Regression of the instantaneous velocity. See `shortcut_jax.config` for the fields."""
+    """Regression of the instantaneous velocity. See docs/differences.md for the fields."""
 
     null_label: int
-    cfg_scale: float = 1.0
+    cfg_scale: float = 1.0  # w of v_uncond + w (v_cond - v_uncond); 1 = none, 0 = unconditional
     class_dropout: float = 0.1
-    flow_time_grid: int = 0
-    noise_floor: float = 0.0
+    flow_time_grid: int = 0  # t on {0, 1/grid, ...}; 0 = continuous
+    noise_floor: float = 0.0  # 1e-5 in the released code
 
-    uses_step_size: ClassVar[bool] = False
-
-    @property
-    def num_levels(self):
-        return 0
+    authors_code: ClassVar[Mapping[str, Any]] = {"flow_time_grid": 128, "noise_floor": 1e-5}
 
     @property
     def branches(self):
         return ("empirical",)
 
-    def validate(self, batch_size, num_shards):
-        if batch_size % num_shards:
-            raise UserError(
-                f"batch_size={batch_size} cannot be split over {num_shards} devices; the smallest "
-                f"larger size that works is {-(-batch_size // num_shards) * num_shards}."
-            )
+    def target_evaluations(self, batch_size):
+        return 0.0
 
-    def targets(self, draw, batch, velocities, num_shards=1):
-        del velocities, num_shards  # the targets are empirical and every row is alike
-        rows = batch.label.shape
-        t = base.sample_flow_times(draw("time"), rows, self.flow_time_grid)
-        x0 = jax.random.normal(draw("noise"), batch.image.shape)
-        x_t, v = base.interpolate(x0, batch.image, t, self.noise_floor)
-        p_drop = 1.0 if self.cfg_scale == 0.0 else self.class_dropout
-        targets = base.Targets(
-            x_t=x_t,
-            t=t,
-            d=jnp.zeros(rows),
-            labels=base.drop_labels(draw("dropout"), batch.label, p_drop, self.null_label),
-            target=v,
-            weight=jnp.ones(rows),
-            branch=jnp.zeros(rows, jnp.int32),
+    def targets(self, draw, batch, velocities, progress, num_shards=1):
+        del velocities, progress, num_shards  # the targets are empirical and every row is alike
+        targets = common.empirical_rows(
+            draw,
+            batch.image,
+            batch.label,
+            flow_time_grid=self.flow_time_grid,
+            noise_floor=self.noise_floor,
+            class_dropout=1.0 if self.cfg_scale == 0.0 else self.class_dropout,
+            null_label=self.null_label,
         )
-        return targets, {"target_rms": jnp.sqrt(jnp.mean(v**2))}
-
-    def check_steps(self, num_steps):
-        if num_steps < 1:
-            raise UserError(f"eval.steps holds {num_steps}; a number of steps is at least 1.")
+        return targets, {"target_rms": common.rms(targets.target)}
 
     def guided(self, num_steps):
         return True  # a velocity may be guided at every step
-
-    def query_size(self, d):
-        return jnp.zeros_like(d)

@@ -12,17 +12,17 @@ Algorithm 1 and the released code use t + d.
 """
 
 import dataclasses
-import fractions
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import base
+from shortcut_jax.objectives import base, common
 from shortcut_jax.objectives.base import rows
+from shortcut_jax.objectives.groups import Groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,14 @@ class Shortcut(base.Objective):
     reuse_images: bool = False  # released code: bootstrap rows share images with empirical rows
 
     uses_step_size: ClassVar[bool] = True
+    authors_code: ClassVar[Mapping[str, Any]] = {
+        "bootstrap_fraction": 0.125,
+        "step_size_sampling": "stratified",
+        "flow_time_grid": 128,
+        "noise_floor": 1e-5,
+        "bootstrap_clip": 4.0,
+        "reuse_images": True,
+    }
 
     # ------------------------------------------------------------------ the split of the batch
 
@@ -56,79 +64,70 @@ class Shortcut(base.Objective):
     def branches(self):
         return ("empirical", *(f"bootstrap_1_{2**level}" for level in range(self.num_levels)))
 
+    def target_evaluations(self, batch_size):
+        n = batch_size * self._groups.p // self._groups.q
+        twins = 0
+        if self._guides:
+            twins = n // (stratified_levels(n, self.num_levels)[1] if self._stratified else 1)
+        return 2.0 * (n + twins)
+
     @property
-    def _share(self) -> fractions.Fraction:
-        return fractions.Fraction(self.bootstrap_fraction).limit_denominator(64)
+    def _groups(self) -> Groups:
+        return Groups.of(
+            self.bootstrap_fraction,
+            "objective.bootstrap_fraction",
+            "the paper uses 0.25 (for 0, choose objective=flow_matching)",
+        )
+
+    @property
+    def _stratified(self) -> bool:
+        return self.step_size_sampling == "stratified"
+
+    @property
+    def _guides(self) -> bool:
+        return self.bootstrap_cfg and self.cfg_scale not in (0.0, 1.0)
 
     def validate(self, batch_size, num_shards):
-        m, share = self.denoise_timesteps, self._share
-        if m < 2 or m & (m - 1):
-            raise UserError(
-                f"objective.denoise_timesteps={m} is not a power of two of at least 2; the paper "
-                "uses 128."
-            )
-        if not 0 < share < 1 or abs(share - self.bootstrap_fraction) > 1e-6:
-            raise UserError(
-                f"objective.bootstrap_fraction={self.bootstrap_fraction} is not a fraction p/q "
-                "between 0 and 1 with q <= 64; the paper uses 0.25 (for 0, choose "
-                "objective=flow_matching)."
-            )
-        unit = share.denominator * num_shards  # every device gets whole groups
-        smallest = unit
-        if self.step_size_sampling == "stratified":
-            # Fewer bootstrap rows than sizes: floor(rows / sizes) = 0 and every row would be d = 1,
-            # a target whose half-steps are never trained (github.com/kvfrans/shortcut-models #11).
-            smallest *= math.ceil(self.num_levels / (share * unit))
-        if batch_size < smallest or batch_size % unit:
-            smallest_above = max(smallest, -(-batch_size // unit) * unit)
-            raise UserError(
-                f"batch_size={batch_size} does not work with bootstrap_fraction={share}, "
-                f"{self.num_levels} step sizes ({self.step_size_sampling}) and {num_shards} batch "
-                f"shard(s): it must be a multiple of {unit} and at least {smallest}; the smallest "
-                f"that works from here is {smallest_above}."
-            )
+        common.check_denoise_timesteps(self.denoise_timesteps)
+        groups = self._groups
+        # Fewer bootstrap rows than sizes: floor(rows / sizes) = 0 and every row would be d = 1, a
+        # target whose half-steps are never trained (github.com/kvfrans/shortcut-models #11).
+        what = (
+            f"bootstrap_fraction={groups.p}/{groups.q}, {self.num_levels} step sizes "
+            f"({self.step_size_sampling})"
+        )
+        groups.check(batch_size, num_shards, what, self.num_levels if self._stratified else 1)
 
     # ------------------------------------------------------------------ targets (Algorithm 1)
 
-    def targets(self, draw, batch, velocities, num_shards=1):
-        # The batch is seen as groups [G, q, ...] whose first p rows bootstrap. The role of a row
-        # depends on its index alone and every device has its share, so nothing moves between them.
-        p, q = self._share.numerator, self._share.denominator
-        image = batch.image.reshape(-1, q, *batch.image.shape[1:])
-        label = batch.label.reshape(-1, q)
-        if self.cfg_scale == 0.0:
-            label = jnp.full_like(label, self.null_label)
+    def targets(self, draw, batch, velocities, progress, num_shards=1):
+        del progress
+        # The first p rows of each group of q bootstrap.
+        groups = self._groups
+        p, q = groups.p, groups.q
+        image, label = groups.view(batch.image), groups.view(batch.label)
+        label = common.model_labels(label, self.cfg_scale, self.null_label)
         flow_rows = slice(0, q - p) if self.reuse_images else slice(p, q)
 
-        flow = self._empirical(draw, image[:, flow_rows], label[:, flow_rows])
+        flow = common.empirical_rows(
+            draw,
+            image[:, flow_rows],
+            label[:, flow_rows],
+            flow_time_grid=self.flow_time_grid,
+            noise_floor=self.noise_floor,
+            class_dropout=self.class_dropout,
+            null_label=self.null_label,
+        )
         velocity = velocities.ema if self.bootstrap_params == "ema" else velocities.online
         boot, scalars = self._bootstrap(draw, image[:, :p], label[:, :p], velocity, num_shards)
-
-        merged = jax.tree.map(lambda b, f: jnp.concatenate([b, f], axis=1), boot, flow)
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), merged), scalars
-
-    def _empirical(self, draw, x1, labels):
-        """Rows [G, q-p]: the velocity of the straight path, at d = 0 only."""
-        shape = labels.shape
-        t = base.sample_flow_times(draw("time"), shape, self.flow_time_grid)
-        x0 = jax.random.normal(draw("noise"), x1.shape)
-        x_t, v = base.interpolate(x0, x1, t, self.noise_floor)
-        return base.Targets(
-            x_t=x_t,
-            t=t,
-            d=jnp.zeros(shape),
-            labels=base.drop_labels(draw("dropout"), labels, self.class_dropout, self.null_label),
-            target=v,
-            weight=jnp.ones(shape),
-            branch=jnp.zeros(shape, jnp.int32),
-        )
+        return groups.merge(boot, flow), scalars
 
     def _bootstrap(self, draw, x1, labels, velocity, num_shards):
         """Rows [G, p]: two half-steps of the target network, averaged."""
         shape = labels.shape
         if self.bootstrap_label_dropout:
             key = draw("bootstrap/dropout")
-            labels = base.drop_labels(key, labels, self.class_dropout, self.null_label)
+            labels = common.drop_labels(key, labels, self.class_dropout, self.null_label)
 
         # 1) the size 2^-level of the step to learn; its two half-steps have size d
         level, stride = self._levels(draw("bootstrap/step_size"), labels.size)
@@ -136,19 +135,22 @@ class Shortcut(base.Objective):
         d = jnp.ldexp(1.0, -(level + 1))  # exact on every back end, as 2.0**level need not be
 
         # 2) t, on multiples of the step to learn: {0, 2d, ..., 1 - 2d}
-        sections = jnp.ldexp(1.0, level)
-        t = jnp.floor(jax.random.uniform(draw("bootstrap/time"), shape) * sections) / sections
+        t = common.sample_grid_times(draw("bootstrap/time"), shape, jnp.ldexp(1.0, level))
 
         # 3) x_t on the straight path
         x0 = jax.random.normal(draw("bootstrap/noise"), x1.shape)
-        x_t, _ = base.interpolate(x0, x1, t, self.noise_floor)
+        x_t, _ = common.interpolate(x0, x1, t, self.noise_floor)
 
         # 4) two half-steps, the second from where the first one led, not from the data
         half_step = self._half_step(velocity, stride, num_shards)
-        s1 = half_step(x_t, t, d, labels)
-        s2 = half_step(self._clip(x_t + rows(d) * s1), t + d, d, labels)
-        target = jax.lax.stop_gradient(self._clip((s1 + s2) / 2))
-
+        target, scalars = common.two_step_target(
+            lambda x, t: half_step(x, t, d, labels),
+            x_t,
+            t,
+            d,
+            clip_middle=self.bootstrap_clip,
+            clip_target=self.bootstrap_clip,
+        )
         targets = base.Targets(
             x_t=x_t,
             t=t,
@@ -158,15 +160,11 @@ class Shortcut(base.Objective):
             weight=jnp.ones(shape),
             branch=1 + level,
         )
-        rms = {"bootstrap_target_rms": target, "half_step_1_rms": s1, "half_step_2_rms": s2}
-        return targets, {name: jnp.sqrt(jnp.mean(v**2)) for name, v in rms.items()}
-
-    def _clip(self, x):
-        return jnp.clip(x, -self.bootstrap_clip, self.bootstrap_clip) if self.bootstrap_clip else x
+        return targets, scalars
 
     def _levels(self, key, n: int) -> tuple[jax.Array, int]:
         """Levels [n], and a stride: rows of the smallest size stand at multiples of it only."""
-        if self.step_size_sampling == "random":
+        if not self._stratified:
             return jax.random.randint(key, (n,), 0, self.num_levels), 1
         levels, stride = stratified_levels(n, self.num_levels)
         return jnp.asarray(levels), stride
@@ -195,18 +193,12 @@ class Shortcut(base.Objective):
             v_guided = v_uncond + self.cfg_scale * (v_cond - v_uncond)
             return jnp.where(rows(smallest), v_guided, v_cond).reshape(x.shape)
 
-        guides = self.bootstrap_cfg and self.cfg_scale not in (0.0, 1.0)
-        return guided_query if guides else query
+        return guided_query if self._guides else query
 
     # ------------------------------------------------------------------ sampling (Algorithm 2)
 
     def check_steps(self, num_steps):
-        m = self.denoise_timesteps
-        if not 1 <= num_steps <= m or num_steps & (num_steps - 1):
-            raise UserError(
-                f"eval.steps holds {num_steps}; a shortcut model takes a power of two of steps "
-                f"from 1 to objective.denoise_timesteps={m}."
-            )
+        common.check_power_of_two(num_steps, self.denoise_timesteps, "a shortcut model")
 
     def guided(self, num_steps):
         return num_steps >= self.denoise_timesteps  # only the d = 0 network is not yet guided

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Velocities
+from shortcut_jax.objectives import Batch, Progress, Velocities
 from shortcut_jax.objectives.flow_matching import FlowMatching
 
 NULL = 10_000
+PROGRESS = Progress(0, 1)
 SHAPE = (2, 2, 1)
 
 
@@ -30,7 +31,7 @@ def make_targets(batch, *, seed=0, index=0, **settings):
 
     objective = FlowMatching(null_label=NULL, **settings)
     draw = rng.draws(seed, "train", index)
-    targets, scalars = objective.targets(draw, batch, Velocities(unused, unused))
+    targets, scalars = objective.targets(draw, batch, Velocities(unused, unused), PROGRESS)
     return jax.tree.map(np.asarray, targets), scalars
 
 
@@ -50,7 +51,7 @@ def test_rows_lie_on_the_path_and_regress_its_velocity(noise_floor):
 
 def test_path_by_hand():
     # x0 = 3 at t = 1/4 and x1 = -1: x_t = 0.75 * 3 - 0.25 = 2, v = -4.
-    from shortcut_jax.objectives.base import interpolate
+    from shortcut_jax.objectives.common import interpolate
 
     image = jnp.ones((1, 1, 1, 1))
     x_t, v = interpolate(3 * image, -image, jnp.asarray([0.25]), 0.0)

@@ -21,19 +21,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shortcut_jax import config, rng
+from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Velocities
+from shortcut_jax.objectives import Batch, Progress, Velocities
 from shortcut_jax.objectives.shortcut import Shortcut, stratified_levels
 
 N = 256
 NULL = 10_000
+PROGRESS = Progress(0, 1)
 SHAPE = (1, 1, 2)
-AUTHORS = {
-    key.removeprefix("objective."): value
-    for key, value in config.AUTHORS_CODE.items()
-    if key.startswith("objective.")
-}
+AUTHORS = dict(Shortcut.authors_code)
 SAMPLINGS = ("random", "stratified")
 
 
@@ -57,7 +54,7 @@ def make_batch(n=N, scale=1.0):
 def make_targets(objective, batch=None, *, online=ONLINE, ema=EMA, num_shards=1, seed=0, index=0):
     draw = rng.draws(seed, "train", index)
     velocities = Velocities(online, ema)
-    targets, _ = objective.targets(draw, batch or make_batch(), velocities, num_shards)
+    targets, _ = objective.targets(draw, batch or make_batch(), velocities, PROGRESS, num_shards)
     return jax.tree.map(np.asarray, targets)
 
 
@@ -67,7 +64,9 @@ def compiled_targets(objective, batch):
 
     @functools.partial(jax.jit, compiler_options=cheaply)
     def run(batch):
-        return objective.targets(rng.draws(0, "train", 0), batch, Velocities(ONLINE, EMA))[0]
+        return objective.targets(
+            rng.draws(0, "train", 0), batch, Velocities(ONLINE, EMA), PROGRESS
+        )[0]
 
     return jax.tree.map(np.asarray, run(batch))
 
@@ -246,7 +245,7 @@ def test_no_gradient_flows_through_the_targets():
     def loss(params):
         velocity = linear_velocity(*params)
         draw = rng.draws(0, "train", 0)
-        targets, _ = objective.targets(draw, batch, Velocities(velocity, velocity))
+        targets, _ = objective.targets(draw, batch, Velocities(velocity, velocity), PROGRESS)
         return jnp.sum(targets.target**2) + jnp.sum(targets.x_t**2)
 
     gradient = jax.jit(jax.grad(loss))((0.7, -1.3, 0.9, 0.001))
@@ -256,7 +255,7 @@ def test_no_gradient_flows_through_the_targets():
 def test_scalars_are_root_mean_squares():
     objective, spy = make_objective(), Spy()
     velocities, draw = Velocities(ONLINE, spy), rng.draws(0, "train", 0)
-    targets, scalars = objective.targets(draw, make_batch(), velocities)
+    targets, scalars = objective.targets(draw, make_batch(), velocities, PROGRESS)
     s1, s2 = (EMA(*call) for call in spy.calls)
     target = targets.target[bootstrap_rows(objective)]
     expected = {"bootstrap_target_rms": target, "half_step_1_rms": s1, "half_step_2_rms": s2}
@@ -586,7 +585,9 @@ def test_what_validate_accepts_gives_targets_of_the_right_shapes(
     objective.validate(n, num_shards)
 
     def run(batch):
-        return objective.targets(rng.draws(0, "t", 0), batch, Velocities(EMA, EMA), num_shards)[0]
+        return objective.targets(
+            rng.draws(0, "t", 0), batch, Velocities(EMA, EMA), PROGRESS, num_shards
+        )[0]
 
     targets = jax.eval_shape(run, make_batch(n))
     image, row, integer = (("float32", (n, *SHAPE)), ("float32", (n,)), ("int32", (n,)))

@@ -1,0 +1,192 @@
+"""Pairs of noise and sample that a teacher makes before a reflow student trains on them.
+
+In WORKDIR/pairs: manifest.json, which says what the pairs are, and one .npy file per SHARD_ROWS
+pairs with records (noise, image, label). Pair i is a function of the seed and i, made by the
+evaluation sampler over the whole mesh, so a killed run continues at the shard it reached, on any
+number of devices.
+"""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from shortcut_jax import run, sampling, sharding, state
+from shortcut_jax.data.sources import Dataset, Rows
+from shortcut_jax.errors import UserError
+from shortcut_jax.logs import write_atomically
+from shortcut_jax.objectives import build
+from shortcut_jax.pretrained import Pretrained, digest
+
+SHARD_ROWS = 4096
+SCOPE = "pairs"  # of the random streams: these noises are never those of an evaluation
+
+
+def prepare(
+    setup: run.Setup,
+    teacher: Pretrained,
+    params_sharding: Any,
+    workdir: str | os.PathLike[str],
+) -> Dataset:
+    """Opens the pairs of a run, making those that are missing.
+
+    Args:
+      setup: of a run whose objective learns from pairs: `num_pairs` of them, in `pair_steps` Euler
+        steps, guided by `cfg_scale`.
+      teacher: the velocity model that makes them.
+      params_sharding: tree of shardings of its parameters.
+      workdir: of the run.
+
+    Returns:
+      Rows {"noise", "image": float32 [n, H, W, C], "label": int32 [n]}, read from disk as needed.
+
+    Raises:
+      UserError: the folder holds other pairs, or a file in it is damaged or cannot be written.
+    """
+    folder = Path(workdir) / "pairs"
+    shapes = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
+    )
+    params = teacher.params(shapes, params_sharding)
+    manifest = _manifest(setup, teacher, digest(params))
+    _claim(folder, manifest)
+    _make_missing(folder, setup, params, params_sharding)
+    return _open(folder, setup, manifest)
+
+
+def _manifest(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict[str, Any]:
+    objective = setup.config.objective
+    return {
+        "teacher_digest": params_digest,
+        "teacher_step": teacher.step,
+        "steps": objective.pair_steps,
+        "cfg_scale": objective.cfg_scale,
+        "count": objective.num_pairs,
+        "seed": setup.config.seed,
+        "image_shape": list(setup.image_shape),
+        "num_classes": setup.num_classes,
+        "matrix_products": str(np.dtype(setup.network.dtype)),
+        "shard_rows": SHARD_ROWS,
+    }
+
+
+def _claim(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / "manifest.json"
+    if path.exists():
+        found = run.read_json(path, "the manifest of the pairs")
+        lines = [
+            f"{key}: {found.get(key)} -> {manifest.get(key)}"
+            for key in sorted(found.keys() | manifest.keys())
+            if found.get(key) != manifest.get(key)
+        ]
+        if lines:
+            raise UserError(
+                f"{folder} holds other pairs than the config asks for (there -> asked for now): "
+                f"{'; '.join(lines)}. Use that teacher and config, or another --workdir; nothing "
+                "was changed."
+            )
+        return
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
+
+
+def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: Any) -> None:
+    config, count = setup.config, setup.config.objective.num_pairs
+    missing = [
+        first for first in range(0, count, SHARD_ROWS) if not _shard_path(folder, first).exists()
+    ]
+    if not missing:
+        return
+    flow = build("flow_matching", setup.num_classes, cfg_scale=config.objective.cfg_scale)
+    sample = sampling.make_sampler(
+        flow, state.apply_fn(setup.network), params_sharding, setup.mesh,
+        seed=config.seed, image_shape=setup.image_shape, num_classes=setup.num_classes,
+        scope=SCOPE,
+    )  # fmt: skip
+    logging.info("Making %d pairs in %d steps each.", count, config.objective.pair_steps)
+    for first in missing:
+        shard = np.empty(min(SHARD_ROWS, count - first), _record(setup))
+        for begin in range(0, len(shard), config.eval.batch_size):
+            # The last batch is sampled whole and cut: every program has one shape.
+            indices = np.arange(begin, begin + config.eval.batch_size) + first
+            images, labels = sample(params, indices, config.objective.pair_steps)
+            noise, _ = sampling.initial(
+                config.seed,
+                jnp.asarray(indices, jnp.uint32),
+                setup.image_shape,
+                setup.num_classes,
+                SCOPE,
+            )
+            part = shard[begin : begin + len(indices)]
+            for name, a in (("noise", noise), ("image", images), ("label", labels)):
+                part[name] = sharding.to_host(a)[: len(part)]
+        if jax.process_index() == 0:
+            _write(_shard_path(folder, first), shard)
+        logging.info("%d of %d pairs.", first + len(shard), count)
+
+
+def _record(setup: run.Setup) -> np.dtype:
+    shape = setup.image_shape
+    return np.dtype(
+        [("noise", np.float32, shape), ("image", np.float32, shape), ("label", np.int32)]
+    )
+
+
+def _shard_path(folder: Path, first: int) -> Path:
+    return folder / f"{first // SHARD_ROWS:05d}.npy"
+
+
+def _write(path: Path, shard: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, shard)
+    try:
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error}); expected room and permission for "
+            f"{shard.nbytes / 2**20:.0f} MiB: make room or use another --workdir; finished shards "
+            "are kept."
+        ) from error
+
+
+def _open(folder: Path, setup: run.Setup, manifest: dict[str, Any]) -> Dataset:
+    count = manifest["count"]
+    shards = [
+        _open_shard(_shard_path(folder, first), min(SHARD_ROWS, count - first), _record(setup))
+        for first in range(0, count, SHARD_ROWS)
+    ]
+
+    def read(indices: np.ndarray) -> Rows:
+        rows = np.stack([shards[i // SHARD_ROWS][i % SHARD_ROWS] for i in indices])
+        return {name: np.ascontiguousarray(rows[name]) for name in ("noise", "image", "label")}
+
+    return Dataset(
+        name=f"{setup.config.data.name} pairs",
+        split="train",
+        image_shape=setup.image_shape,
+        num_classes=setup.num_classes,
+        size=count,
+        fingerprint=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16],
+        read=read,
+    )
+
+
+def _open_shard(path: Path, size: int, record: np.dtype) -> np.ndarray:
+    try:
+        shard = np.load(path, mmap_mode="r")
+        if shard.shape != (size,) or shard.dtype != record:
+            raise ValueError(f"it holds {shard.shape} of {shard.dtype}")
+        return shard
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as pairs ({error}); expected {size} of them: remove that file "
+            "and start again, which makes it anew."
+        ) from error

@@ -1,0 +1,178 @@
+"""Parameters of another run: a teacher to learn from, or what a run starts from."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from shortcut_jax import checkpoint, run, sharding
+from shortcut_jax import config as config_lib
+from shortcut_jax.errors import UserError
+from shortcut_jax.objectives import OBJECTIVES
+from shortcut_jax.state import TrainState
+
+# Objectives whose network is an instantaneous velocity and nothing else.
+TEACHERS = ("flow_matching", "reflow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint of another run.
+
+    Attributes:
+      key: the config key that names it.
+      workdir: of that run.
+      step: of the checkpoint.
+      config: of that run, flat.
+    """
+
+    key: str
+    workdir: Path
+    step: int
+    config: Mapping[str, Any]
+
+    def params(self, shapes: Any, shardings: Any) -> Any:
+        """Its EMA parameters, on the devices.
+
+        Raises:
+          UserError: the checkpoint cannot be read as parameters of these shapes.
+        """
+        wanted = {"ema": checkpoint.with_shardings(shapes, shardings)}
+        return _open(self.workdir).restore(self.step, wanted)["ema"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """The runs that the config keys `teacher` and `init_from` name."""
+
+    teacher: Pretrained | None
+    init_from: Pretrained | None
+
+
+def find(config: ConfigDict, resuming: bool = False) -> Origins:
+    """Looks up and checks the runs that the config names; reads no parameters.
+
+    Args:
+      config: of the run that shall learn or start from them.
+      resuming: the run has a checkpoint, which has all that was learned or copied from them: only
+        pairs are checked against their teacher once more.
+
+    Raises:
+      UserError: one is not there, or is of another network, data set or kind than can be used.
+    """
+    from_pairs = OBJECTIVES[config.objective.name].teacher == "pairs"
+    teacher = init_from = None
+    if config.teacher and (from_pairs or not resuming):
+        teacher = _find("teacher", config.teacher)
+    if config.init_from and not resuming:
+        init_from = _find("init_from", config.init_from)
+    for found in (teacher, init_from):
+        if found:
+            _check_network(found, config)
+    if teacher:
+        _check_teacher(teacher, config)
+    return Origins(teacher, init_from)
+
+
+def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> TrainState:
+    """A fresh state with the parameters of other runs.
+
+    The network and its EMA start from `init_from`, else from the teacher; the step count, the
+    optimizer and the metrics stay fresh. The teacher's parameters are its EMA.
+    """
+    start = origins.init_from or origins.teacher
+    if start is None:
+        return fresh
+    params = start.params(fresh.params, shardings.params)
+    logging.info("Starting from step %d of %s (%s).", start.step, start.workdir, start.key)
+    state = dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
+    if not fresh.teacher:
+        return state
+    assert origins.teacher is not None  # `validation` has refused a config without one
+    return dataclasses.replace(
+        state, teacher=origins.teacher.params(fresh.teacher, shardings.teacher)
+    )
+
+
+def digest(params: Any) -> str:
+    """16 hex digits that name parameters, from every bit of them."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(sharding.to_host(leaf)).data)
+    return found.hexdigest()[:16]
+
+
+def _find(key: str, text: str) -> Pretrained:
+    """The checkpoint that WORKDIR (its newest) or WORKDIR/checkpoints/STEP names."""
+    path = Path(text).absolute()
+    step = None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{key}={text} names no run (there is no {path / 'config.json'}); expected the workdir "
+            "of a training run or WORKDIR/checkpoints/STEP: mend the path, or train that run first."
+        )
+    steps = _open(path).steps()
+    if not steps or step not in (None, *steps):
+        found = f"has {', '.join(map(str, steps))}" if steps else "has none yet"
+        raise UserError(
+            f"{key}={text} names a checkpoint that there is not: {path} {found}; expected a "
+            "finished one: choose one of them, or train that run first."
+        )
+    flat = run.read_config(path)
+    return Pretrained(key, path, steps[-1] if step is None else step, flat)
+
+
+def _open(workdir: Path) -> checkpoint.Checkpoints:
+    return checkpoint.Checkpoints(workdir, keep=1, read_only=True)
+
+
+def _check_network(found: Pretrained, config: ConfigDict) -> None:
+    flat = config_lib.flatten(config)
+    keys = sorted(
+        key
+        for key in flat.keys() | found.config.keys()
+        if (key.startswith("model.") and key != "model.dtype") or key == "data.name"
+    )
+    lines = [
+        f"{key}: {found.config.get(key)} there, {flat.get(key)} here"
+        for key in keys
+        if found.config.get(key) != flat.get(key)
+    ]
+    if lines:
+        raise UserError(
+            f"{found.key}={found.workdir} is another network ({'; '.join(lines)}); expected one of "
+            "the same data set and config.model: use such a run, or change the config."
+        )
+
+
+def _check_teacher(teacher: Pretrained, config: ConfigDict) -> None:
+    name, scale = teacher.config.get("objective.name"), teacher.config.get("objective.cfg_scale")
+    if name not in TEACHERS:
+        raise UserError(
+            f"teacher={teacher.workdir} was trained with objective={name}; expected a velocity "
+            f"model, objective={' or '.join(TEACHERS)}: train one and name its workdir."
+        )
+    wanted = config.objective.cfg_scale
+    if (wanted == 0) != (scale == 0):
+        kinds = {True: "unconditional", False: "conditional"}
+        raise UserError(
+            f"teacher={teacher.workdir} is {kinds[scale == 0]} (its objective.cfg_scale={scale}), "
+            f"but objective.cfg_scale={wanted} here; expected both to be 0 or neither: change "
+            "objective.cfg_scale or use another teacher."
+        )
+    if wanted not in (0, 1) and not teacher.config.get("objective.class_dropout"):
+        raise UserError(
+            f"objective.cfg_scale={wanted} guides the teacher {teacher.workdir}, which never saw "
+            "the null label (its objective.class_dropout=0); expected a teacher trained with some "
+            "dropout: use one, or set objective.cfg_scale=1."
+        )
