@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from shortcut_jax import cli
+from shortcut_jax import cli, config_flag
 from shortcut_jax.errors import UserError
 
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest if not given.")
@@ -24,7 +24,7 @@ def main() -> None:
 
     from shortcut_jax import checkpoint, data, evaluation, run, sharding, state
 
-    config, workdir = cli.CONFIG.value, cli.workdir()
+    config, workdir = config_flag.CONFIG.value, cli.workdir()
     samples = Path(SAVE_SAMPLES.value) if SAVE_SAMPLES.value else None
     if samples and (samples.suffix != ".npz" or samples.is_dir()):
         raise UserError(
@@ -112,4 +112,4 @@ def save_samples(path: Path, found) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    config_flag.main(main)

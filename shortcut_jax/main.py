@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from shortcut_jax import cli
+from shortcut_jax import cli, config_flag
 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the resolved config, parameters, mesh and batch per device, and stop."
@@ -15,12 +15,12 @@ def main() -> None:
     from shortcut_jax import pretrained, run, train
 
     if DRY_RUN.value:
-        setup = run.prepare(cli.CONFIG.value)
-        pretrained.find(cli.CONFIG.value)
+        setup = run.prepare(config_flag.CONFIG.value)
+        pretrained.find(config_flag.CONFIG.value)
         print(run.summary(setup))
     else:
-        train.train(cli.CONFIG.value, cli.workdir())
+        train.train(config_flag.CONFIG.value, cli.workdir())
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    config_flag.main(main)

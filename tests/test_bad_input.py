@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from configs import digits, fashion_mnist
-from shortcut_jax import checkpoint, cli, metrics, run, train, validation
+from shortcut_jax import checkpoint, config_flag, metrics, run, train, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 
@@ -53,8 +53,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ConfigDict]:
         was_parsed = flags.FLAGS.is_parsed()
         with flagsaver.flagsaver():
             try:
-                cli._parse(argv)
-                return cli.CONFIG.value
+                config_flag.parse(argv)
+                return config_flag.CONFIG.value
             finally:
                 if not was_parsed:
                     flags.FLAGS.unparse_flags()
@@ -597,13 +597,13 @@ def test_status_and_output_of_training(run_python, tmp_path, args, fragments):
 EVALUATE = """
 import json, sys
 from absl.testing import flagsaver
-from shortcut_jax import cli, eval
+from shortcut_jax import config_flag, eval
 from shortcut_jax.errors import UserError
 for args in json.loads(sys.argv.pop()):
     sys.argv = ["eval", *args]
     with flagsaver.flagsaver():
         try:
-            cli._parse(sys.argv)
+            config_flag.parse(sys.argv)
             eval.main()
             print("accepted")
         except UserError as error:

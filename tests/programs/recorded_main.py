@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from shortcut_jax import cli, main
+from shortcut_jax import cli, config_flag, main
 from shortcut_jax.data import pipeline
 
 make_batches = pipeline.batches
 
 
 def recorded_batches(dataset, *, start_step, **settings):
-    workdir, every = Path(cli.workdir()), cli.CONFIG.value.checkpoint.every
+    workdir, every = Path(cli.workdir()), config_flag.CONFIG.value.checkpoint.every
     iterator = make_batches(dataset, start_step=start_step, **settings)
     for step, batch in enumerate(iterator, start_step):
         if str(step) == os.environ.get("KILL_AT_STEP"):
@@ -48,4 +48,4 @@ def kill():
 if __name__ == "__main__":
     pipeline.batches = recorded_batches
     sys.addaudithook(kill_in_save)  # the one place that sees a rename whoever asks for it
-    cli.main(main.main)
+    config_flag.main(main.main)
