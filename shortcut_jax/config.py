@@ -103,6 +103,7 @@ def build(
     arg: str | None,
     base: Callable[[ConfigDict], None],
     variants: Mapping[str, Callable[[ConfigDict], None]],
+    by_objective: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ConfigDict:
     """A config file's `get_config(arg)`: defaults, then the file, then what the argument says.
 
@@ -111,6 +112,7 @@ def build(
         "objective=NAME", "model=SIZE/PATCH" (e.g. B/2), "authors_code", and names in `variants`.
       base: sets the file's own values.
       variants: named changes the file offers, e.g. {"small": ...}.
+      by_objective: values of keys that only one objective has, e.g. {"reflow": {"num_pairs": 9}}.
 
     Returns:
       A locked config.
@@ -126,6 +128,7 @@ def build(
         key, _, value = word.partition("=")
         if key == "objective" and value:
             _set_objective(config, value)
+            config.objective.update((by_objective or {}).get(value, {}))
         elif key == "model" and value:
             config.model.update(_model_size(value))
         elif word in ("authors_code", "authors_code=True"):

@@ -22,7 +22,7 @@ def main() -> None:
     """Samples from one checkpoint, measures, and writes results, pictures and samples."""
     import jax
 
-    from shortcut_jax import checkpoint, data, evaluation, run, sharding, state
+    from shortcut_jax import checkpoint, evaluation, run
 
     config, workdir = config_flag.CONFIG.value, cli.workdir()
     samples = Path(SAVE_SAMPLES.value) if SAVE_SAMPLES.value else None
@@ -44,18 +44,8 @@ def main() -> None:
         if samples:
             check_writable("--save_samples", samples.parent)
 
-    dataset = data.open_dataset(**run.dataset_args(config))
-    shapes = jax.eval_shape(
-        lambda: state.init_params(setup.network, setup.image_shape, config.seed)
-    )
-    shardings = sharding.shard_tree(shapes, setup.mesh)
-    name = state.PARAMS_FIELD[config.eval.params]
-    params = checkpoints.restore(step, {name: checkpoint.with_shardings(shapes, shardings)})[name]
-    logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
-
-    evaluator = evaluation.Evaluator(setup, dataset, shardings)
     keep = config.eval.num_samples if samples else 0
-    found = evaluator.run(params, step, config.eval.steps, keep)
+    found = evaluation.evaluate_checkpoint(setup, workdir, step, keep)
     if samples and jax.process_index() == 0:
         save_samples(samples, found)
     folder = evaluation.report(workdir, found.first_rows(config.eval.grid_rows))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from shortcut_jax import metrics, pictures, run, sampling, sharding, state
+from shortcut_jax import checkpoint, data, metrics, pictures, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.logs import MetricLogger, write_atomically
 
@@ -143,6 +143,33 @@ class Evaluator:
             "config_hash": run.config_hash(config),
             **run.versions(),
         }
+
+
+def evaluate_checkpoint(
+    setup: run.Setup, workdir: str | os.PathLike[str], step: int, keep: int = 0
+) -> Evaluation:
+    """Samples from a checkpoint in all numbers of `config.eval.steps`, and measures.
+
+    Args:
+      setup: from `run.prepare`.
+      workdir: of the run.
+      step: of the checkpoint.
+      keep: see `Evaluator.run`.
+
+    Raises:
+      UserError: data or checkpoint cannot be read.
+    """
+    config = setup.config
+    dataset = data.open_dataset(**run.dataset_args(config))
+    shapes = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, config.seed)
+    )
+    shardings = sharding.shard_tree(shapes, setup.mesh)
+    name = state.PARAMS_FIELD[config.eval.params]
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
+    params = checkpoints.restore(step, {name: checkpoint.with_shardings(shapes, shardings)})[name]
+    logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
+    return Evaluator(setup, dataset, shardings).run(params, step, config.eval.steps, keep)
 
 
 def report(

@@ -19,6 +19,7 @@ def sample_grid(
     path: str | os.PathLike[str],
     scale: int | None = None,
     rows: int = 8,
+    names: Sequence[str] = (),
 ) -> np.ndarray:
     """Writes a PNG with one column per step count, in which a row shows the same noise.
 
@@ -31,6 +32,7 @@ def sample_grid(
       scale: integer factor of the enlargement (nearest neighbour). By default the smallest that
         makes a sample 64 pixels wide and high.
       rows: the most rows to draw.
+      names: of the rows, written to their left; all or none.
 
     Returns:
       The picture, uint8 `[height, width, 3]`.
@@ -50,13 +52,14 @@ def sample_grid(
     # Tiny samples that were not enlarged are narrower than the number above them.
     column_width = max(width * scale, *label_widths) + GAP
     row_height = height * scale + GAP
+    margin = GAP + max([math.ceil(font.getbbox(name)[2]) + 2 * GAP for name in names], default=0)
     canvas = np.full(
-        (LABEL_HEIGHT + rows * row_height, GAP + len(columns) * column_width, 3),
+        (LABEL_HEIGHT + rows * row_height, margin + len(columns) * column_width, 3),
         _BACKGROUND,
         np.uint8,
     )
     for column, steps in enumerate(columns):
-        left = GAP + column * column_width
+        left = margin + column * column_width
         for row, image in enumerate(samples[steps][:rows]):
             top = LABEL_HEIGHT + row * row_height
             enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -65,8 +68,11 @@ def sample_grid(
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for column, steps in enumerate(columns):
-        left = GAP + column * column_width + max(0, width * scale - label_widths[column]) // 2
+        left = margin + column * column_width + max(0, width * scale - label_widths[column]) // 2
         draw.text((left, GAP), str(steps), fill=(0, 0, 0), font=font)
+    for row, name in enumerate(names[:rows]):
+        top = LABEL_HEIGHT + row * row_height + max(0, height * scale - LABEL_HEIGHT) // 2
+        draw.text((GAP, top), name, fill=(0, 0, 0), font=font)
     png = io.BytesIO()
     picture.save(png, format="PNG")
     write_atomically(path, png.getvalue())
