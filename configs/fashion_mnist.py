@@ -17,7 +17,10 @@ from shortcut_jax import config as config_lib
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See `shortcut_jax.config.build` for what `arg` may say."""
-    return config_lib.build(arg, base, {"small": small})
+    return config_lib.build(arg, base, {"small": small, "cpu": cpu}, BY_OBJECTIVE)
+
+
+BY_OBJECTIVE = {"live_reflow": {"reflow_steps": 8}}  # see configs/digits.py
 
 
 def base(c: ConfigDict) -> None:
@@ -30,6 +33,18 @@ def base(c: ConfigDict) -> None:
     c.checkpoint.every = 5_000
     c.eval.update(every=10_000, num_samples=10_000, batch_size=512)
     c.eval.metrics = ("fd_fashion_mnist",)
+
+
+def cpu(c: ConfigDict) -> None:
+    """A network and a budget as for digits, for a table of all methods without a GPU."""
+    c.total_steps = 1600
+    c.batch_size = 64
+    c.ema_rate = 0.99
+    c.model.update(hidden_size=64, depth=3, num_heads=4)
+    c.objective.class_dropout = 0.0
+    c.optimizer.update(lr=4e-3, schedule="cosine", warmup_steps=100, b2=0.99)
+    c.checkpoint.every = 800
+    c.eval.update(num_samples=1000, batch_size=250)
 
 
 def small(c: ConfigDict) -> None:

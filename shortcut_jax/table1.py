@@ -8,11 +8,10 @@ row. Started again it continues where it stopped. Two processes may work on diff
 workdir, once the teachers are there.
 """
 
-import json
+import dataclasses
 from pathlib import Path
-from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from shortcut_jax import cli, config_flag
 from shortcut_jax.errors import UserError
@@ -27,7 +26,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what each row would spend, 
 
 def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
-    from shortcut_jax import budget, objectives, table1_report
+    from shortcut_jax import budget, experiment, objectives, table1_report
 
     workdir = Path(cli.workdir())
     rows = ROWS.value or list(objectives.OBJECTIVES)
@@ -37,77 +36,31 @@ def main() -> None:
                 f"--rows={','.join(rows)} holds {row}; expected some of "
                 f"{', '.join(objectives.OBJECTIVES)}: choose among them."
             )
+    shortcut = config_flag.with_objective("shortcut")
+    total = shortcut.total_steps * budget.per_update(shortcut)
     teacher = config_flag.with_objective("flow_matching")
-    total = per_row_total()
     configs = {row: config_flag.with_objective(row) for row in rows}
     budgets = {
         row: budget.split(total, config, teacher, TEACHER_SHARE.value)
         for row, config in configs.items()
     }
-    print(table1_report.budgets({row: budgets[row] for row in rows}))
+    print(table1_report.budgets(budgets))
     if DRY_RUN.value:
         return
 
     for seed in range(SEEDS.value):
         folder = workdir / f"seed_{seed}"
-        for row in rows:
-            if (folder / row / ROW_FILE).exists():
-                continue
-            spent, config = budgets[row], configs[row]
+        for row, config in configs.items():
+            spent = budgets[row]
             if spent.teacher_updates:
-                train_row(teacher, folder / "teacher", seed, spent.teacher_updates)
+                teacher.update(seed=seed, total_steps=spent.teacher_updates)
+                experiment.train_once(teacher, folder / "teacher")
                 config.teacher = str(folder / "teacher")
-            train_row(config, folder / row, seed, spent.updates)
-            evaluate_row(config, folder / row, row, seed, spent)
+            config.update(seed=seed, total_steps=spent.updates)
+            facts = {"name": row, "seed": seed, "budget": dataclasses.asdict(spent)}
+            experiment.perform(config, folder / row, facts)
             table1_report.write(workdir)
-    table1_report.write(workdir)
     print((workdir / "table1.md").read_text())
-
-
-ROW_FILE = "row.json"  # in the workdir of a row that is done
-
-
-def per_row_total() -> float:
-    """Network evaluations that the shortcut model of the config takes."""
-    from shortcut_jax import budget
-
-    shortcut = config_flag.with_objective("shortcut")
-    return shortcut.total_steps * budget.per_update(shortcut)
-
-
-def train_row(config: Any, workdir: Path, seed: int, updates: int) -> None:
-    """Trains to the end, or does nothing if that was done."""
-    from shortcut_jax import run, train
-
-    config.seed, config.total_steps, config.eval.every = seed, updates, 0
-    if not (workdir / run.FINISHED).exists():
-        logging.info("Training %s.", workdir)
-        train.train(config, workdir)
-
-
-def evaluate_row(config: Any, workdir: Path, row: str, seed: int, spent: Any) -> None:
-    """Measures a trained row and writes down all the table needs of it."""
-    import dataclasses
-
-    import jax
-    import numpy as np
-
-    from shortcut_jax import evaluation, run
-    from shortcut_jax.logs import write_atomically
-
-    found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
-    evaluation.report(workdir, found)
-    if jax.process_index() == 0:
-        arrays: dict[str, Any] = {str(n): images for n, images in found.samples.items()}
-        np.savez(workdir / "samples.npz", **arrays)
-        done = {
-            "row": row,
-            "seed": seed,
-            "budget": dataclasses.asdict(spent) | {"total": spent.total},
-            "data": config.data.name,
-            "records": found.records,
-        }
-        write_atomically(workdir / ROW_FILE, json.dumps(done, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ import numpy as np
 
 from shortcut_jax import pictures
 from shortcut_jax.budget import Budget
+from shortcut_jax.experiment import results, spread, values
 from shortcut_jax.logs import write_atomically
 from shortcut_jax.objectives import OBJECTIVES
 from shortcut_jax.paper_results import DATASETS, STEPS, TABLE_1
-
-# metric -> row -> sampling steps -> values, one for each seed
-Values = dict[str, dict[str, dict[int, list[float]]]]
 
 
 def budgets(found: Mapping[str, Budget]) -> str:
@@ -32,16 +30,16 @@ def budgets(found: Mapping[str, Budget]) -> str:
 
 def write(workdir: Path) -> None:
     """Writes table1.json, table1.md, curves.png and samples.png from all rows that are done."""
-    done = [json.loads(path.read_text()) for path in sorted(workdir.glob("seed_*/*/row.json"))]
+    names = list(OBJECTIVES)
+    done = sorted(results(workdir), key=lambda d: (names.index(d["name"]), d["seed"]))
     if not done:
         return
-    done.sort(key=lambda d: (list(OBJECTIVES).index(d["row"]), d["seed"]))
     summary = summarise(done)
     write_atomically(workdir / "table1.json", json.dumps(summary, indent=1).encode())
     write_atomically(workdir / "table1.md", markdown(summary).encode())
     metric, rows = next(iter(summary["metrics"].items()))
     points = {
-        row: [(int(n), float(np.mean(values))) for n, values in by_steps.items()]
+        row: [(int(n), float(np.mean(found))) for n, found in by_steps.items()]
         for row, by_steps in rows.items()
     }
     pictures.curve(points, workdir / "curves.png", metric, f"{summary['data']}, mean of seeds")
@@ -49,19 +47,21 @@ def write(workdir: Path) -> None:
 
 
 def summarise(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of table1.json from the row.json files, ordered by row and seed."""
-    metrics: dict[str, dict[str, dict[str, list[float]]]] = {}
-    protocol: dict[str, Any] = {}
-    for row in done:
-        for record in row["records"]:
-            by_steps = metrics.setdefault(record["metric"], {}).setdefault(row["row"], {})
-            by_steps.setdefault(str(record["sampling_steps"]), []).append(record["value"])
-            protocol = {k: v for k, v in record.items() if k in PROTOCOL}
+    """The content of table1.json from the RESULTs of the rows, ordered by row and seed."""
+    record = done[0]["records"][0]
+    protocol = {key: record[key] for key in PROTOCOL}
     rows: dict[str, Any] = {}
     for row in done:
-        entry = rows.setdefault(row["row"], {"budget": row["budget"], "seeds": []})
+        budget = Budget(**row["budget"])
+        spent = row["budget"] | {"total": budget.total}
+        entry = rows.setdefault(row["name"], {"budget": spent, "seeds": []})
         entry["seeds"].append(row["seed"])
-    return {"data": done[0]["data"], "protocol": protocol, "rows": rows, "metrics": metrics}
+    return {
+        "data": done[0]["data"],
+        "protocol": protocol,
+        "rows": rows,
+        "metrics": values(done),
+    }
 
 
 PROTOCOL = (
@@ -99,17 +99,10 @@ def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         if row not in rows:
             continue
         paper = [str(c) for cells in TABLE_1.get(row, ()) for c in cells] or [""] * 6
-        ours = [_spread(rows[row].get(str(n), [])) for n in STEPS]
+        ours = [spread(rows[row].get(str(n), [])) for n in STEPS]
         seeds = len(next(iter(rows[row].values())))
         lines.append(f"| {row} ({seeds}) | {' | '.join(paper + ours)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{np.mean(values):.3g}"
-    return f"{mean} ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else mean
 
 
 def _compute(rows: Mapping[str, Any]) -> str:
@@ -178,9 +171,9 @@ def _write_grid(workdir: Path, done: Sequence[Mapping[str, Any]]) -> None:
     columns: dict[int, list[np.ndarray]] = {}
     for row in done:
         if row["seed"] == seed:
-            with np.load(workdir / f"seed_{seed}" / row["row"] / "samples.npz") as samples:
+            with np.load(workdir / f"seed_{seed}" / row["name"] / "samples.npz") as samples:
                 for steps in samples.files:
                     columns.setdefault(int(steps), []).append(samples[steps][0])
     grid = {steps: np.stack(images) for steps, images in columns.items()}
-    names = [row["row"] for row in done if row["seed"] == seed]
+    names = [row["name"] for row in done if row["seed"] == seed]
     pictures.sample_grid(grid, workdir / "samples.png", rows=len(names), names=names)

@@ -1,0 +1,71 @@
+"""One trained and measured run of a comparison; `table1` and `ablations` are lists of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from shortcut_jax import evaluation, run, train
+from shortcut_jax.logs import write_atomically
+
+RESULT = "result.json"  # in the workdir of an experiment that is done
+
+
+def train_once(config: ConfigDict, workdir: Path) -> None:
+    """Trains to the end without evaluations on the way, or does nothing if that was done."""
+    config.eval.every = 0
+    if not (workdir / run.FINISHED).exists():
+        logging.info("Training %s.", workdir)
+        train.train(config, workdir)
+
+
+def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None:
+    """Trains, evaluates the last checkpoint in all of `config.eval.steps`, and writes RESULT.
+
+    Args:
+      config: of the run.
+      workdir: of the run; one with a RESULT is left as it is.
+      facts: JSON data that goes into RESULT beside the records: "name", "seed" and more.
+    """
+    if (workdir / RESULT).exists():
+        return
+    train_once(config, workdir)
+    found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
+    evaluation.report(workdir, found)
+    if jax.process_index() == 0:
+        arrays: dict[str, Any] = {str(n): images for n, images in found.samples.items()}
+        np.savez(workdir / "samples.npz", **arrays)
+        result = {**facts, "data": config.data.name, "records": found.records}
+        write_atomically(workdir / RESULT, json.dumps(result, indent=1).encode())
+
+
+# metric -> name of the experiment -> number of sampling steps -> values, one for each seed
+Values = dict[str, dict[str, dict[str, list[float]]]]
+
+
+def values(results: Sequence[Mapping[str, Any]]) -> Values:
+    """What several RESULTs measured; JSON data, so numbers of steps are text."""
+    found: Values = {}
+    for result in results:
+        for record in result["records"]:
+            by_steps = found.setdefault(record["metric"], {}).setdefault(result["name"], {})
+            by_steps.setdefault(str(record["sampling_steps"]), []).append(record["value"])
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, with several seeds, half the range between the smallest and the largest."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.3g}"
+    return f"{mean} ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else mean
+
+
+def results(workdir: Path) -> list[dict[str, Any]]:
+    """The RESULTs in WORKDIR/seed_*/*, in the order of their paths."""
+    return [json.loads(path.read_text()) for path in sorted(workdir.glob(f"seed_*/*/{RESULT}"))]
