@@ -42,3 +42,5 @@ def small(c: ConfigDict) -> None:
     c.log.every = 2
     c.eval.update(every=4, num_samples=50, batch_size=32, steps=(1, 4), steps_in_loop=(1,))
     c.eval.grid_rows = 4
+    if c.objective.name == "reflow":
+        c.objective.update(num_pairs=10, pair_steps=4)

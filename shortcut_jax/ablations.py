@@ -56,7 +56,7 @@ def main() -> None:
         for name in names:
             config = config_flag.with_objective("shortcut")
             config.update_from_flattened_dict({**ABLATIONS[name], "seed": seed})
-            facts = {"name": name, "seed": seed, "total_steps": config.total_steps}
+            facts = {"name": name, "seed": seed}
             experiment.perform(config, workdir / f"seed_{seed}" / name, facts)
             write(workdir, experiment.results(workdir))
     print((workdir / "ablations.md").read_text())
@@ -68,8 +68,8 @@ def write(workdir: Path, done: Sequence[Mapping[str, Any]]) -> None:
     from shortcut_jax.logs import write_atomically
 
     summary = {
-        "data": done[0]["data"],
-        "total_steps": done[0]["total_steps"],
+        "data": done[0]["config"]["data.name"],
+        "total_steps": done[0]["config"]["total_steps"],
         "commit": done[0]["records"][0]["commit"],
         "metrics": experiment.values(done),
     }

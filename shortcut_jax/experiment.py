@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from shortcut_jax import config as config_lib
 from shortcut_jax import evaluation, run, train
 from shortcut_jax.logs import write_atomically
 
@@ -29,18 +30,23 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
 
     Args:
       config: of the run.
-      workdir: of the run; one with a RESULT is left as it is.
+      workdir: of the run; one with a RESULT by the same evaluation is left as it is.
       facts: JSON data that goes into RESULT beside the records: "name", "seed" and more.
     """
+    config.eval.every = 0  # the curve at the end is what is compared
+    flat = config_lib.flatten(config)
     if (workdir / RESULT).exists():
-        return
+        run.claim_workdir(config, workdir)  # refuses another config
+        before = run.read_json(workdir / RESULT, "the result of an experiment")["config"]
+        if all(before[key] == flat[key] for key in flat if key.startswith("eval.")):
+            return
     train_once(config, workdir)
     found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
     evaluation.report(workdir, found)
     if jax.process_index() == 0:
         arrays: dict[str, Any] = {str(n): images for n, images in found.samples.items()}
         np.savez(workdir / "samples.npz", **arrays)
-        result = {**facts, "data": config.data.name, "records": found.records}
+        result = {**facts, "config": flat, "records": found.records}
         write_atomically(workdir / RESULT, json.dumps(result, indent=1).encode())
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
     from shortcut_jax import budget, experiment, objectives, table1_report
 
-    workdir = Path(cli.workdir())
+    workdir = Path(cli.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)
     for row in rows:
         if row not in objectives.OBJECTIVES:

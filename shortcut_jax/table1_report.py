@@ -57,7 +57,7 @@ def summarise(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         entry = rows.setdefault(row["name"], {"budget": spent, "seeds": []})
         entry["seeds"].append(row["seed"])
     return {
-        "data": done[0]["data"],
+        "data": done[0]["config"]["data.name"],
         "protocol": protocol,
         "rows": rows,
         "metrics": values(done),
