@@ -40,12 +40,16 @@ def initial(
 
 
 def step_noise(
-    seed: int, indices: jax.Array, step: jax.Array, image_shape: tuple[int, int, int]
+    seed: int,
+    indices: jax.Array,
+    step: jax.Array,
+    image_shape: tuple[int, int, int],
+    scope: str = "eval",
 ) -> jax.Array:
     """N(0, I) [B, H, W, C] that sampling step `step` adds to the samples `indices` [B]."""
 
     def one(i):
-        key = jax.random.fold_in(rng.stream(seed, "eval/step_noise", i), step)
+        key = jax.random.fold_in(rng.stream(seed, f"{scope}/step_noise", i), step)
         return jax.random.normal(key, image_shape)
 
     return jax.vmap(one)(indices)
@@ -104,7 +108,7 @@ def make_sampler(
             x, labels = initial(seed, indices, image_shape, num_classes, scope)
 
             def noise(i):
-                return step_noise(seed, indices, i, image_shape)
+                return step_noise(seed, indices, i, image_shape, scope)
 
             return integrate(objective, velocity, x, labels, num_steps, noise), labels
 

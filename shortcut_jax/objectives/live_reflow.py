@@ -112,4 +112,4 @@ class LiveReflow(base.Objective):
         return num_steps >= self.denoise_timesteps  # straight paths have it in their targets
 
     def query_size(self, d):
-        return jnp.where(d < 1.5 / self.denoise_timesteps, 0.0, 1.0)
+        return jnp.where(jnp.round(1 / d) < self.denoise_timesteps, 1.0, 0.0)

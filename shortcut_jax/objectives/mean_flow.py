@@ -74,7 +74,7 @@ class MeanFlow(base.Objective):
         normal = jax.random.normal(draw("time"), (2, *labels.shape))
         times = jax.nn.sigmoid(self.time_mean + self.time_std * normal)
         is_jump = jnp.arange(groups.q) < groups.p
-        t = jnp.where(is_jump, times.min(0), times[0])
+        t = times.min(0)  # the noisier of the two, of the other rows, too, as in MeanFlow's code
         d = jnp.where(is_jump, times.max(0) - t, 0.0)
 
         # 2) the path, and its velocity, guided by the network's own unconditional one

@@ -40,6 +40,7 @@ class Reflow(base.Objective):
 
     def targets(self, draw, batch, velocities, progress, num_shards=1):
         del velocities, progress, num_shards
+        assert batch.noise is not None, "reflow trains on pairs (shortcut_jax.pairs)"
         targets = common.empirical_rows(
             draw,
             batch.image,
