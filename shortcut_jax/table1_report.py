@@ -1,7 +1,4 @@
-"""What `shortcut_jax.table1` has found so far: table, orderings, curves and pictures.
-
-python -m shortcut_jax.table1_report --out=docs/results.md digits/table1.json fashion/table1.json
-"""
+"""What `shortcut_jax.table1` has found so far: table, orderings, curves and pictures."""
 
 import itertools
 import json

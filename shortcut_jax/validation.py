@@ -58,6 +58,12 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
     objective = build_objective(config, num_classes=0)
     objective.validate(config.batch_size, num_shards=1)
+    check(
+        total >= objective.num_stages,
+        f"total_steps={total} is less than the {objective.num_stages} stages of objective="
+        f"{config.objective.name}, of which none may be left out; expected at least that many: "
+        "raise total_steps or lower objective.denoise_timesteps.",
+    )
     for name in ("steps", "steps_in_loop"):
         for steps in config.eval[name]:
             try:

@@ -257,13 +257,25 @@ def test_every_config_fits_its_data_set(name):
 
 @pytest.mark.parametrize(
     ("variant", "branches", "parameters"),
-    [("objective=flow_matching", 1, "ema"), ("authors_code", 8, "online")],
+    [
+        ("objective=flow_matching", "empirical", "ema"),
+        ("objective=diffusion", "empirical", "ema"),
+        ("objective=consistency_training", "consistency", "ema"),
+        ("objective=live_reflow", "empirical reflow", "ema"),
+        ("objective=mean_flow", "empirical mean_flow", "ema"),
+        (
+            "authors_code",
+            "empirical " + " ".join(f"bootstrap_1_{2**i}" for i in range(7)),
+            "online",
+        ),
+    ],
 )
 def test_variants_take_a_step(variant, branches, parameters, take_one_step):
+    """What has a teacher is in tests/test_two_phase.py."""
     config = digits.get_config(f"small,{variant}")
     config.batch_size = 64
     assert config.eval.params == parameters
     metrics = take_one_step(config)
     assert metrics["grad_norm"] > 0
-    losses = [key for key in metrics if key.startswith("loss/")]
-    assert len(losses) == branches and "loss/empirical" in losses
+    losses = {key for key in metrics if key.startswith("loss/")}
+    assert losses == {f"loss/{name}" for name in branches.split()}

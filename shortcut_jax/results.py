@@ -1,0 +1,46 @@
+"""Makes docs/results.md from the JSON of finished comparisons.
+
+python -m shortcut_jax.results --tables=docs/results/digits.json --ablations=... --out=FILE.md
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from shortcut_jax import cli
+from shortcut_jax.errors import UserError
+
+TABLES = flags.DEFINE_list("tables", [], "table1.json files, one section each.")
+ABLATIONS = flags.DEFINE_list("ablations", [], "ablations.json files, one section each.")
+NOTES = flags.DEFINE_string("notes", None, "Markdown to put between the tables and the ablations.")
+OUT = flags.DEFINE_string("out", None, "Markdown file to write.", required=True)
+
+
+def main() -> None:
+    """Writes the page."""
+    from shortcut_jax import ablations, run, table1_report
+    from shortcut_jax.logs import write_atomically
+
+    if not TABLES.value + ABLATIONS.value:
+        raise UserError("--tables and --ablations are empty; give the JSON files to show.")
+    command = [f"--tables={','.join(TABLES.value)}", f"--ablations={','.join(ABLATIONS.value)}"]
+    command += [f"--notes={NOTES.value}"] if NOTES.value else []
+    parts = [
+        "# Results",
+        "Generated, not written: `python -m shortcut_jax.results "
+        f"{' '.join(command)} --out={OUT.value}`.",
+    ]
+    for path in TABLES.value:
+        summary = run.read_json(Path(path), "a table1.json")
+        parts += [f"## Table 1 on {summary['data']}", table1_report.markdown(summary).strip()]
+    if NOTES.value:
+        parts.append(Path(NOTES.value).read_text().strip())
+    for path in ABLATIONS.value:
+        summary = run.read_json(Path(path), "an ablations.json")
+        parts += [f"## Ablations on {summary['data']}", ablations.markdown(summary).strip()]
+    write_atomically(Path(OUT.value), ("\n\n".join(parts) + "\n").encode())
+    print(f"Wrote {OUT.value}.")
+
+
+if __name__ == "__main__":
+    cli.main(main)
