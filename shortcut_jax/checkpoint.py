@@ -55,6 +55,25 @@ class Checkpoints:
         """Steps of all finished checkpoints."""
         return sorted(self._manager.all_steps())
 
+    def choose(self, step: int | None, name: str = "step") -> int:
+        """`step` if it is a finished checkpoint, or the newest if it is None.
+
+        Raises:
+          UserError: there is no such checkpoint; `name` says where the step was given.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(
+                f"{self.directory} holds no finished checkpoint; expected at least one: train "
+                "first, or wait for the first save."
+            )
+        if step is not None and step not in steps:
+            raise UserError(
+                f"{name}={step} is not a checkpoint in {self.directory}; expected one of "
+                f"{', '.join(map(str, steps))}: give one of them, or none for the newest."
+            )
+        return steps[-1] if step is None else step
+
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts writing; returns when the device arrays have been copied and may be donated.
 

@@ -1,6 +1,5 @@
 """Evaluates a run: python -m shortcut_jax.eval --config=configs/digits.py --workdir=runs/digits."""
 
-import tempfile
 from pathlib import Path
 
 from absl import flags, logging
@@ -34,15 +33,15 @@ def main() -> None:
     setup = run.prepare(config)
     run.check_workdir_for_evaluation(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    step = choose_step(checkpoints)
+    step = checkpoints.choose(STEP.value, "--step")
     if DRY_RUN.value:
         print(run.summary(setup))
         print(f"checkpoint           {checkpoints.directory / str(step)}")
         return
     if jax.process_index() == 0:
-        check_writable("--workdir", Path(workdir) / "eval")
+        cli.check_writable("--workdir", Path(workdir) / "eval")
         if samples:
-            check_writable("--save_samples", samples.parent)
+            cli.check_writable("--save_samples", samples.parent)
 
     keep = config.eval.num_samples if samples else 0
     found = evaluation.evaluate_checkpoint(setup, workdir, step, keep)
@@ -56,38 +55,6 @@ def main() -> None:
         )
         print(f"curve     {folder / 'curve.png'}   distance against sampling steps")
         print(f"results   {folder.parent / 'results.jsonl'}   every number with its protocol")
-
-
-def choose_step(checkpoints) -> int:
-    """--step, or the newest finished checkpoint (UserError if there is none)."""
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(
-            f"{checkpoints.directory} holds no finished checkpoint; expected at least one: train "
-            "first, or wait for the first save."
-        )
-    if STEP.value is not None and STEP.value not in steps:
-        raise UserError(
-            f"--step={STEP.value} is not a checkpoint in {checkpoints.directory}; expected one of "
-            f"{', '.join(map(str, steps))}: give one of them, or no --step for the newest."
-        )
-    return steps[-1] if STEP.value is None else STEP.value
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Makes the folder and tries to write in it, because sampling first may take hours.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
-            "created and written to: choose another one or mend its permissions."
-        ) from error
 
 
 def save_samples(path: Path, found) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from shortcut_jax import run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset, Rows
@@ -93,9 +93,13 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
                 "was changed."
             )
         return
+    if any(folder.glob("*.npy")):
+        raise UserError(
+            f"{folder} holds pairs but no {path.name} that says which; expected both or neither: "
+            "restore it, or remove that folder and start again, which makes them anew."
+        )
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        _write(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
 def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: Any) -> None:
@@ -111,6 +115,12 @@ def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: 
         seed=config.seed, image_shape=setup.image_shape, num_classes=setup.num_classes,
         scope=SCOPE,
     )  # fmt: skip
+
+    @jax.jit
+    def initial_noise(indices):
+        shape, classes = setup.image_shape, setup.num_classes
+        return sampling.initial(config.seed, indices, shape, classes, SCOPE)[0]
+
     logging.info("Making %d pairs in %d steps each.", count, config.objective.pair_steps)
     for first in missing:
         shard = np.empty(min(SHARD_ROWS, count - first), _record(setup))
@@ -118,19 +128,17 @@ def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: 
             # The last batch is sampled whole and cut: every program has one shape.
             indices = np.arange(begin, begin + config.eval.batch_size) + first
             images, labels = sample(params, indices, config.objective.pair_steps)
-            noise, _ = sampling.initial(
-                config.seed,
-                jnp.asarray(indices, jnp.uint32),
-                setup.image_shape,
-                setup.num_classes,
-                SCOPE,
-            )
+            noise = initial_noise(indices.astype(np.uint32))
             part = shard[begin : begin + len(indices)]
             for name, a in (("noise", noise), ("image", images), ("label", labels)):
                 part[name] = sharding.to_host(a)[: len(part)]
         if jax.process_index() == 0:
-            _write(_shard_path(folder, first), shard)
+            content = io.BytesIO()
+            np.save(content, shard)
+            _write(_shard_path(folder, first), content.getvalue())
         logging.info("%d of %d pairs.", first + len(shard), count)
+    # Process 0 may still be writing the last shard, which the others are about to open.
+    multihost_utils.sync_global_devices("pairs")
 
 
 def _record(setup: run.Setup) -> np.dtype:
@@ -144,15 +152,14 @@ def _shard_path(folder: Path, first: int) -> Path:
     return folder / f"{first // SHARD_ROWS:05d}.npy"
 
 
-def _write(path: Path, shard: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, shard)
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_atomically(path, content.getvalue())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error}); expected room and permission for "
-            f"{shard.nbytes / 2**20:.0f} MiB: make room or use another --workdir; finished shards "
+            f"{len(content) / 2**20:.1f} MiB: make room or use another --workdir; finished files "
             "are kept."
         ) from error
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,30 @@ def sample_grid(
     picture.save(png, format="PNG")
     write_atomically(path, png.getvalue())
     return np.asarray(picture)
+
+
+def interpolation(
+    strips: Mapping[str, np.ndarray], path: str | os.PathLike[str], scale: int | None = None
+) -> np.ndarray:
+    """Writes a PNG of the paper's interpolation figure: from noise b to noise a, left to right.
+
+    Args:
+      strips: name of the row -> uint8 `[num, height, width, channels]`, the samples that start from
+        n a + sqrt(1 - n^2) b for n in equal steps from 0 to 1; n stands above them.
+      path: of the PNG.
+      scale: see `sample_grid`.
+
+    Returns:
+      The picture, uint8 `[height, width, 3]`.
+
+    Raises:
+      ValueError: if there are no samples, or they are of different shapes.
+    """
+    images = np.stack(list(strips.values()), axis=1)
+    # As many digits as tell the columns apart.
+    n = np.linspace(0, 1, len(images)).round(len(str(len(images))))
+    columns: dict[Any, np.ndarray] = dict(zip(n.tolist(), images, strict=True))
+    return sample_grid(columns, path, scale, rows=len(strips), names=list(strips))
 
 
 def _common_size(samples: Mapping[int, np.ndarray]) -> tuple[int, int]:

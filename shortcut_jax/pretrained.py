@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _find(key: str, text: str) -> Pretrained:
     step = None
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(path / "config.json"):  # unlike Path's, false where it cannot look
         raise UserError(
             f"{key}={text} names no run (there is no {path / 'config.json'}); expected the workdir "
             "of a training run or WORKDIR/checkpoints/STEP: mend the path, or train that run first."

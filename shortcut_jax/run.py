@@ -146,6 +146,39 @@ def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     return read_json(Path(workdir) / "config.json", "the config of the run")
 
 
+def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The config of the run in a workdir, locked and valid.
+
+    Keys that config.json lacks, as it may if an older version wrote it, have their defaults, unless
+    they say what was trained: those of model and objective, and data.name.
+
+    Raises:
+      UserError: it cannot be read, or is no config of this version.
+    """
+    path = Path(workdir) / "config.json"
+    flat = {
+        key: value
+        for key, value in config_lib.flatten(config_lib.default()).items()
+        if not key.startswith(("model.", "objective.", "data.name"))
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in {**flat, **read_config(workdir)}.items():
+        section, _, name = key.rpartition(".")
+        in_section = sections.setdefault(section, {})
+        in_section[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        config = ConfigDict({**sections.pop(""), **sections})
+        validation.check_values(config)
+        validation.validate(config, data.describe(config.data.name)[0])
+    except (UserError, ValueError) as error:  # ValueError: keys that ConfigDict refuses
+        text = str(error).rstrip(".")
+        raise UserError(
+            f"{path} is not a config that this version of shortcut_jax can use ({text}); expected "
+            "what its training wrote: restore that, or use the version that trained it."
+        ) from error
+    return config.lock()
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file.
 

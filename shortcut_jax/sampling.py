@@ -1,11 +1,15 @@
 """Sampling: Algorithm 2 of the paper, for any objective, on any number of devices.
 
-The noise and the label of sample i depend on i and the seed alone.
+The noise and the label of sample i depend on i and the seed alone. From a trained model:
+
+  model = sampling.load("runs/digits")
+  images = model.sample(num_steps=4, labels=[3] * 8, seed=0)
 """
 
 import functools
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +20,15 @@ from shortcut_jax import rng, sharding
 from shortcut_jax.objectives import Objective
 from shortcut_jax.objectives.base import Velocity, sampling_velocity
 
+if TYPE_CHECKING:
+    from shortcut_jax import trained
+
 # sample(params, indices [B] of the samples, num_steps) -> images [B,H,W,C] float32, labels [B]
 Sampler = Callable[[Any, np.ndarray, int], tuple[jax.Array, jax.Array]]
+
+# draw(request, seed) -> what B samples start from: noise [B,H,W,C], labels [B], and noise(i) that
+# step i of a stochastic sampler adds
+Draw = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]]
 
 
 def initial(
@@ -99,31 +110,64 @@ def make_sampler(
       num_classes: labels are drawn uniformly from [0, num_classes).
       scope: see `initial`.
     """
-    rows = sharding.batch_sharding(mesh)
+
+    def draw(indices, seed):
+        x, labels = initial(seed, indices, image_shape, num_classes, scope)
+        return x, labels, lambda i: step_noise(seed, indices, i, image_shape, scope)
+
+    run = make_program(objective, apply, params_sharding, mesh, draw)
+    return lambda params, indices, num_steps: run(
+        params, indices.astype(np.uint32), seed, num_steps
+    )
+
+
+def make_program(
+    objective: Objective,
+    apply: Callable[..., jax.Array],
+    params_sharding: Any,
+    mesh: Mesh,
+    draw: Draw,
+) -> Callable[[Any, Any, int, int], tuple[jax.Array, jax.Array]]:
+    """As `make_sampler`, for samples that start from what `draw` makes of a request.
+
+    Returns:
+      run(params, request, seed, num_steps) -> images [B, H, W, C] float32, labels [B]. The request
+      is a tree of host arrays [B], of all rows on every process.
+    """
+    rows, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
     @functools.cache  # guidance doubles the rows: another program, which most runs never need
     def program(guided: bool):
-        def sample(params, indices, num_steps):
+        def sample(params, request, seed, num_steps):
             velocity = sampling_velocity(objective, functools.partial(apply, params), guided)
-            x, labels = initial(seed, indices, image_shape, num_classes, scope)
-
-            def noise(i):
-                return step_noise(seed, indices, i, image_shape, scope)
-
+            x, labels, noise = draw(request, seed)
             return integrate(objective, velocity, x, labels, num_steps, noise), labels
 
         return jax.jit(
             sample,
-            in_shardings=(params_sharding, rows, sharding.replicated(mesh)),
+            in_shardings=(params_sharding, rows, replicated, replicated),
             out_shardings=(rows, rows),
         )
 
-    def run(params, indices, num_steps):
-        local = indices.reshape(jax.process_count(), -1)[jax.process_index()]
-        global_indices = sharding.to_global(local.astype(np.uint32), rows)
-        return program(objective.guided(num_steps))(params, global_indices, np.int32(num_steps))
+    def run(params, request, seed, num_steps):
+        local = jax.tree.map(
+            lambda a: a.reshape(jax.process_count(), -1)[jax.process_index()], request
+        )
+        guided = objective.cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
+        return program(guided)(
+            params, sharding.to_global(local, rows), np.uint32(seed), np.int32(num_steps)
+        )
 
     return run
+
+
+def load(
+    workdir: str | os.PathLike[str], step: int | None = None, params: str = "ema"
+) -> "trained.Model":
+    """The trained model of a workdir; see `trained.load`."""
+    from shortcut_jax import trained  # which needs this module
+
+    return trained.load(workdir, step, params)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

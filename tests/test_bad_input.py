@@ -16,20 +16,12 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from configs import digits, fashion_mnist
-from shortcut_jax import checkpoint, config_flag, metrics, run, train, validation
+from shortcut_jax import checkpoint, config_flag, metrics, objectives, run, train, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
+from tests.sentences import assert_sentence, contents
 
 SMALL = "--config=configs/digits.py:small"
-
-
-def assert_sentence(text: str, fragments: tuple[str, ...]) -> None:
-    """One line, a whole sentence, with all that it has to name."""
-    text = text.strip()
-    assert "\n" not in text and "Traceback" not in text
-    assert text[-1] in ".?", text
-    for fragment in fragments:
-        assert fragment in text, f"{fragment!r} is not in: {text}"
 
 
 def small(arg: str = "small", **overrides: Any) -> ConfigDict:
@@ -85,7 +77,11 @@ BAD_FLAGS = {
     ),
     "unknown objective": (
         ("--config=configs/digits.py:objective=gan",),
-        ("objective='gan'", "shortcut, flow_matching"),
+        (
+            "objective='gan' is not one of progressive_distillation, consistency_distillation, "
+            "reflow, diffusion, flow_matching, consistency_training, live_reflow, shortcut, "
+            "mean_flow",
+        ),
     ),
     "model without patch": (
         ("--config=configs/digits.py:model=B",),
@@ -110,8 +106,16 @@ BAD_FLAGS = {
     "key like no other": ((SMALL, "--config.zzz=1"), ("--config.zzz", "--dry_run lists all keys")),
     "below a key": ((SMALL, "--config.seed.x=1"), ("--config.seed.x", "did you mean seed?")),
     "key of the other objective": (
-        (f"{SMALL},objective=flow_matching", "--config.objective.bootstrap_clip=1"),
-        ("--config.objective.bootstrap_clip", "one of shortcut", ":objective=shortcut"),
+        (f"{SMALL},objective=flow_matching", "--config.objective.bootstrap_cfg=False"),
+        ("--config.objective.bootstrap_cfg", "one of shortcut", ":objective=shortcut"),
+    ),
+    "key of other objectives": (
+        (f"{SMALL},objective=reflow", "--config.objective.bootstrap_fraction=0.5"),
+        ("bootstrap_fraction", "one of live_reflow and shortcut", ":objective=live_reflow"),
+    ),
+    "float for a number of pairs": (
+        (f"{SMALL},objective=reflow", "--config.objective.num_pairs=1.5"),
+        ("objective.num_pairs='1.5'", "a whole number"),
     ),
     "whole section": (
         (SMALL, "--config.model={'depth': 2}"),
@@ -290,7 +294,55 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("eval.metrics", "fd_fashion_mnist", "(32, 32, 1)", "(8, 8, 1)", "choose another"),
     ),
     "no metric": ("small", {"eval.metrics": ()}, ("eval.metrics is empty", "'fd_digits'")),
+    "no pairs": (
+        "small,objective=reflow",
+        {"objective.num_pairs": 0, "teacher": "runs/a"},
+        ("objective.num_pairs=0", "expected a value above 0"),
+    ),
+    "pairs in no steps": (
+        "small,objective=reflow",
+        {"objective.pair_steps": 0, "teacher": "runs/a"},
+        ("objective.pair_steps=0", "expected a value above 0"),
+    ),
+    "live reflow in no steps": (
+        "small,objective=live_reflow",
+        {"objective.reflow_steps": 0},
+        ("objective.reflow_steps=0", "expected a value above 0"),
+    ),
+    "stages": (
+        "small,objective=progressive_distillation",
+        {"objective.denoise_timesteps": 100, "teacher": "runs/a"},
+        ("objective.denoise_timesteps=100", "power of two", "128"),
+    ),
+    "sampler of consistency": (
+        "small,objective=consistency_training",
+        {"objective.sampler": "ddim"},
+        ("objective.sampler='ddim'", "expected one of renoise, euler"),
+    ),
 }  # fmt: skip
+
+
+LEARN_FROM_ONE = ("progressive_distillation", "consistency_distillation", "reflow")
+NEED_NONE = [name for name in objectives.OBJECTIVES if name not in LEARN_FROM_ONE]
+
+for name in LEARN_FROM_ONE:
+    BAD_VALUES[f"no teacher of {name}"] = (
+        f"small,objective={name}",
+        {"init_from": "runs/a"},
+        ("teacher is empty", f"objective={name}", "expected the workdir", "--config.teacher="),
+    )
+for name in NEED_NONE:
+    BAD_VALUES[f"a teacher of {name}"] = (
+        f"small,objective={name}",
+        {"teacher": "runs/a"},
+        ("teacher=runs/a", f"objective={name} has no teacher", "leave it out", "init_from"),
+    )
+for name in ("consistency_training", "consistency_distillation"):
+    BAD_VALUES[f"guidance of {name}"] = (
+        f"small,objective={name}",
+        {"objective.cfg_scale": 2.0, "teacher": "runs/a" if name in LEARN_FROM_ONE else ""},
+        ("objective.cfg_scale=2.0", name, "expected 1 (labels) or 0 (no labels)", "set one"),
+    )
 
 
 @pytest.mark.parametrize(("arg", "overrides", "fragments"), BAD_VALUES.values(), ids=BAD_VALUES)
@@ -303,17 +355,26 @@ def test_bad_values(monkeypatch, tmp_path, arg, overrides, fragments):
     assert not (tmp_path / "run").exists()
 
 
+FREE_TEXT = ("data.data_dir", "teacher", "init_from")  # below, and tests/test_bad_teachers.py
+ANY_NUMBER = ("objective.time_mean",)  # of a normal distribution
 DEFAULTS = config_lib.flatten(small())
-NUMBERS = [k for k, v in DEFAULTS.items() if type(v) in (int, float)]
 FLOATS = [k for k, v in DEFAULTS.items() if type(v) is float]
-NAMES = [k for k, v in DEFAULTS.items() if type(v) is str and k != "data.data_dir"]
+NAMES = [k for k, v in DEFAULTS.items() if type(v) is str and k not in FREE_TEXT]
+NUMBERS = {
+    (key, objective): value
+    for objective in ("shortcut", *objectives.OBJECTIVES)
+    for key, value in config_lib.flatten(small(f"small,objective={objective}")).items()
+    if type(value) in (int, float) and key not in ANY_NUMBER
+    if objective == "shortcut" or key.startswith("objective.")
+}
 
 
-@pytest.mark.parametrize("key", NUMBERS)
-def test_every_number_has_a_range(key):
-    bad = type(DEFAULTS[key])(-7)
+@pytest.mark.parametrize(("key", "objective"), NUMBERS)
+def test_every_number_has_a_range(key, objective):
+    bad = type(NUMBERS[key, objective])(-7)
+    teacher = "runs/a" if objective in LEARN_FROM_ONE else ""
     with pytest.raises(UserError, match="-7"):
-        run.prepare(small(**{key: bad}))
+        run.prepare(small(f"small,objective={objective}", teacher=teacher, **{key: bad}))
 
 
 @pytest.mark.parametrize("key", FLOATS)
@@ -418,10 +479,6 @@ def trained(tmp_path_factory, data_dir) -> Path:
         patch.setattr(metrics, "load_extractor", lambda name: NoExtractor())
         train.train(tiny(data_dir), workdir)
     return workdir
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_workdir_of_another_config(trained, data_dir):
@@ -531,6 +588,26 @@ def test_fewer_steps_than_done(trained, data_dir, tmp_path):
     with pytest.raises(UserError) as error:
         train.train(tiny(data_dir, total_steps=1), workdir)
     assert_sentence(str(error.value), ("checkpoints/2", "total_steps=1", "at least 2"))
+
+
+@pytest.mark.parametrize("objective", ["progressive_distillation", "consistency_training"])
+def test_another_length_of_a_staged_run(trained, data_dir, tmp_path, objective):
+    """Where its stages begin depends on the last step, whatever the learning rate does."""
+    teacher = str(trained) if objective in LEARN_FROM_ONE else ""
+
+    def config(total_steps: int) -> ConfigDict:
+        overrides = {**TINY, "data.data_dir": data_dir, "total_steps": total_steps}
+        return small(f"small,objective={objective}", teacher=teacher, **overrides)
+
+    assert config(8).optimizer.schedule == "constant"
+    run.claim_workdir(config(8), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        train.train(config(16), tmp_path)
+    assert_sentence(
+        str(error.value), ("another config", "total_steps: 8 -> 16", "another --workdir")
+    )
+    assert contents(tmp_path) == before
 
 
 # ------------------------------------------------------------------- a loss that is not finite
