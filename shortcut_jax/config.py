@@ -93,6 +93,9 @@ MAY_CHANGE_ON_RESUME = (
     "eval",
     "objective.sampler",
     "optimizer.on_nonfinite",
+    # Copied into the first checkpoint; pairs know the digest of their teacher.
+    "teacher",
+    "init_from",
 )
 
 

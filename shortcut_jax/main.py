@@ -15,9 +15,8 @@ def main() -> None:
     from shortcut_jax import pretrained, run, train
 
     if DRY_RUN.value:
-        setup = run.prepare(config_flag.CONFIG.value)
         pretrained.find(config_flag.CONFIG.value)
-        print(run.summary(setup))
+        print(run.summary(run.prepare(config_flag.CONFIG.value)))
     else:
         train.train(config_flag.CONFIG.value, cli.workdir())
 

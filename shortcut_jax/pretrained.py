@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, run, sharding
+from shortcut_jax import checkpoint, run, sharding, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
@@ -68,6 +68,8 @@ def find(config: ConfigDict, resuming: bool = False) -> Origins:
     Raises:
       UserError: one is not there, or is of another network, data set or kind than can be used.
     """
+    run.check(config)
+    validation.check_teacher(config)
     from_pairs = OBJECTIVES[config.objective.name].teacher == "pairs"
     teacher = init_from = None
     if config.teacher and (from_pairs or not resuming):
@@ -79,6 +81,8 @@ def find(config: ConfigDict, resuming: bool = False) -> Origins:
             _check_network(found, config)
     if teacher:
         _check_teacher(teacher, config)
+    if resuming and (config.teacher or config.init_from):
+        logging.info("Resuming: what was copied from teacher or init_from is in the checkpoint.")
     return Origins(teacher, init_from)
 
 

@@ -38,8 +38,11 @@ class Setup:
     mesh: Mesh
 
 
-def prepare(config: ConfigDict) -> Setup:
-    """Validates the config as a whole and builds the parts that touch neither data nor disk.
+def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
+    """Checks all of a config that can be known without starting a back end.
+
+    Returns:
+      (H, W, C) of the images, and the number of classes.
 
     Raises:
       UserError: the first thing in the config that is wrong.
@@ -47,8 +50,17 @@ def prepare(config: ConfigDict) -> Setup:
     validation.check_values(config)
     image_shape, num_classes = data.describe(config.data.name)
     data.check_split(config.data.name, config.data.split)
-    # All that can be known without a back end is checked before one is started.
     validation.validate(config, image_shape)
+    return image_shape, num_classes
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Validates the config as a whole and builds the parts that touch neither data nor disk.
+
+    Raises:
+      UserError: the first thing in the config that is wrong.
+    """
+    image_shape, num_classes = check(config)
     axes = validation.check_devices(config, jax.device_count())
     objective = config_lib.build_objective(config, num_classes)
     network = state.build_network(config, objective)
@@ -112,7 +124,7 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
 
 def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run in the workdir would resume. (Unfinished checkpoints have longer names.)"""
-    return any(p.name.isdigit() for p in (Path(workdir) / "checkpoints").glob("*"))
+    return any(p.name.isdigit() and p.is_dir() for p in (Path(workdir) / "checkpoints").glob("*"))
 
 
 def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:

@@ -126,10 +126,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     #  Check everything that can be checked; open what the run stands on
     ##################################################################################
 
+    origins = pretrained.find(config, resuming=run.has_checkpoint(workdir))
     setup = run.prepare(config)
     objective, network, mesh = setup.objective, setup.network, setup.mesh
-    resuming = run.has_checkpoint(workdir)
-    origins = pretrained.find(config, resuming)
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
         dataset = data.open_dataset(**run.dataset_args(config))

@@ -48,7 +48,6 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """
     _check_model(config.model, image_shape)
     _check_guidance(config.objective)
-    _check_teacher(config)
     _check_metrics(config.eval.metrics, image_shape)
     warmup, total = config.optimizer.warmup_steps, config.total_steps
     check(
@@ -276,7 +275,14 @@ def _check_model(model: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
 
 
-def _check_teacher(config: ConfigDict) -> None:
+def check_teacher(config: ConfigDict) -> None:
+    """Refuses to train without a teacher where one is needed, or with one where none is.
+
+    Not part of `validate`, because evaluation needs none.
+
+    Raises:
+      UserError: it is missing, or too many.
+    """
     name, asked = config.objective.name, objectives.OBJECTIVES[config.objective.name].teacher
     check(
         bool(config.teacher) or asked == "none",
@@ -297,11 +303,12 @@ def _check_guidance(objective: ConfigDict) -> None:
         f"objective.cfg_scale={objective.cfg_scale} asks for guidance, which objective="
         f"{objective.name} has none of; expected 1 (labels) or 0 (no labels): set one of them.",
     )
-    if "class_dropout" not in objective or cls.teacher == "pairs":
-        return  # what is guided there is the teacher (`shortcut_jax.pretrained`)
+    if "class_dropout" not in objective:
+        return
     scale, dropout = objective.cfg_scale, objective.class_dropout
     check(
-        dropout > 0 or scale in (0, 1),
+        # What is guided in reflow is the teacher (`shortcut_jax.pretrained`).
+        dropout > 0 or scale in (0, 1) or cls.teacher == "pairs",
         f"objective.cfg_scale={scale} guides with the model without labels, which "
         "objective.class_dropout=0.0 never trains; expected some dropout: set it to 0.1, or "
         "cfg_scale to 1 (no guidance).",

@@ -182,3 +182,7 @@ def test_a_digest_names_every_bit_of_the_parameters():
     ]
     digests = {pretrained.digest(other) for other in others}
     assert len(digests) == len(others) and name not in digests
+
+
+def test_evaluation_needs_no_teacher():
+    run.prepare(small("progressive_distillation", teacher=""))

@@ -1,7 +1,7 @@
 """Reflow (Liu et al. 2023): flow matching on the teacher's own pairs of noise and sample.
 
 Two phases: a flow-matching teacher turns noises x_0 into samples x_1 in many Euler steps
-(`shortcut_jax.data.pairs`), then a student regresses x_1 - x_0 on these pairs over all t. Paths
+(`shortcut_jax.pairs`), then a student regresses x_1 - x_0 on these pairs over all t. Paths
 that the data cross become straight, which few steps can follow.
 """
 
