@@ -79,11 +79,11 @@ def refuse_rest(rest: Sequence[str]) -> None:
 
 def explain(refused: str) -> str:
     """The sentence for what absl refused."""
-    wrong_value = re.match(r"flag --(\w+)=(.*?): ", refused, re.DOTALL)
+    wrong_value = re.match(r"flag --(\w+)=(.*?): (.*)", refused, re.DOTALL)
     if wrong_value:
-        name, found = wrong_value[1], repr(wrong_value[2])
+        name, found, why = wrong_value[1], repr(wrong_value[2]), " ".join(wrong_value[3].split())
         kind = flags.FLAGS[name].flag_type()
-        return f"--{name}={found} is not of type {kind}; give such a value, --help explains it."
+        return f"--{name}={found} is refused ({why}); expected one of type {kind}: --help explains it."
     return (
         f"{' '.join(refused.split()).rstrip(' ?.')}; flags are written --name=value, and --help "
         "lists them."

@@ -161,13 +161,8 @@ def evaluate_checkpoint(
     """
     config = setup.config
     dataset = data.open_dataset(**run.dataset_args(config))
-    shapes = jax.eval_shape(
-        lambda: state.init_params(setup.network, setup.image_shape, config.seed)
-    )
-    shardings = sharding.shard_tree(shapes, setup.mesh)
-    name = state.PARAMS_FIELD[config.eval.params]
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    params = checkpoints.restore(step, {name: checkpoint.with_shardings(shapes, shardings)})[name]
+    params, shardings = run.restore_params(setup, checkpoints, step, config.eval.params)
     logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
     return Evaluator(setup, dataset, shardings).run(params, step, config.eval.steps, keep)
 

@@ -12,11 +12,11 @@ import jax
 Draw = Callable[[str], jax.Array]  # name of a stream -> its key at the current index
 
 
-def stream(seed: int, name: str, index: jax.typing.ArrayLike) -> jax.Array:
+def stream(seed: jax.typing.ArrayLike, name: str, index: jax.typing.ArrayLike) -> jax.Array:
     """Key of draw number `index` (a training step or a sample) of the stream `name`.
 
     Args:
-      seed: the run's seed.
+      seed: the run's seed; may be traced.
       name: name of the stream, e.g. "train/noise". Every kind of draw has a name of its own.
       index: step or sample index, an integer below 2**32; may be traced.
 

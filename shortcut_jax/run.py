@@ -15,8 +15,8 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from shortcut_jax import checkpoint, data, sharding, state, validation
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, sharding, state, validation
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.logs import write_atomically
@@ -248,6 +248,23 @@ def checkpoint_meta(
         "clock": dict(clock),
         "versions": versions(),
     }
+
+
+def restore_params(
+    setup: Setup, checkpoints: checkpoint.Checkpoints, step: int, which: str
+) -> tuple[Any, Any]:
+    """The "ema" or "online" parameters of a checkpoint on the mesh of `setup`, and their shardings.
+
+    Raises:
+      UserError: the checkpoint cannot be read as parameters of this network.
+    """
+    shapes = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
+    )
+    shardings = sharding.shard_tree(shapes, setup.mesh)
+    field = state.PARAMS_FIELD[which]
+    wanted = {field: checkpoint.with_shardings(shapes, shardings)}
+    return checkpoints.restore(step, wanted)[field], shardings
 
 
 def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, path: Path) -> None:

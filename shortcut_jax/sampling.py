@@ -32,7 +32,7 @@ Draw = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, Callable[[jax.Arra
 
 
 def initial(
-    seed: int,
+    seed: jax.typing.ArrayLike,
     indices: jax.Array,
     image_shape: tuple[int, int, int],
     num_classes: int,
@@ -51,7 +51,7 @@ def initial(
 
 
 def step_noise(
-    seed: int,
+    seed: jax.typing.ArrayLike,
     indices: jax.Array,
     step: jax.Array,
     image_shape: tuple[int, int, int],

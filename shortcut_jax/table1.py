@@ -26,7 +26,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what each row would spend, 
 
 def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
-    from shortcut_jax import budget, experiment, objectives, table1_report
+    from shortcut_jax import budget, experiment, objectives, run, table1_report
 
     workdir = Path(cli.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)
@@ -45,6 +45,9 @@ def main() -> None:
         for row, config in configs.items()
     }
     print(table1_report.budgets(budgets))
+    for row, config in configs.items():
+        config.total_steps = budgets[row].updates
+        run.check(config)  # all of them, before hours go into the first
     if DRY_RUN.value:
         return
 
@@ -56,7 +59,7 @@ def main() -> None:
                 teacher.update(seed=seed, total_steps=spent.teacher_updates)
                 experiment.train_once(teacher, folder / "teacher")
                 config.teacher = str(folder / "teacher")
-            config.update(seed=seed, total_steps=spent.updates)
+            config.seed = seed
             facts = {"name": row, "seed": seed, "budget": dataclasses.asdict(spent)}
             experiment.perform(config, folder / row, facts)
             table1_report.write(workdir)

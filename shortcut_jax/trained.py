@@ -263,11 +263,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, params: str =
     mesh = sharding.make_mesh(jax.device_count(), 1)
     setup = run.Setup(config, image_shape, num_classes, objective, network, mesh)
 
-    shapes = jax.eval_shape(lambda: state.init_params(network, image_shape, config.seed))
-    shardings = sharding.shard_tree(shapes, mesh)
-    field = state.PARAMS_FIELD[params]
-    wanted = {field: checkpoint.with_shardings(shapes, shardings)}
-    model = Model(setup, step, checkpoints.restore(step, wanted)[field], shardings)
+    model = Model(setup, step, *run.restore_params(setup, checkpoints, step, params))
     checkpoints.close()
     logging.info("Loaded the %s parameters of step %d of %s.", params, step, workdir)
     return model

@@ -309,7 +309,7 @@ def test_every_key_is_read(monkeypatch, tmp_path):
     read: set[str] = set()
     train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
 
-    if "config.eval.steps" in source("eval.py"):  # only the evaluation binary reads these
+    if "config.eval.steps" in source("evaluation.py"):  # of checkpoints, not in the loop
         read.add("eval.steps")
     read |= {f"mesh.{axis}" for axis in ("data", "fsdp")}  # by mesh_shape, tested above
     assert flat.keys() - read == set()

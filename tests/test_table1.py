@@ -119,6 +119,7 @@ def test_values_are_gathered_over_seeds():
 # ------------------------------------------------------------------ the commands
 
 SMALL = "--config=configs/digits.py:small"
+LONGER = "--config.total_steps=24"  # the student of half of 8 would have fewer steps than stages
 ROWS = "flow_matching,progressive_distillation"
 
 
@@ -126,7 +127,7 @@ ROWS = "flow_matching,progressive_distillation"
 def table(run_python, tmp_path_factory):
     """Workdir and output of a table with a teacher, two rows and two seeds."""
     workdir = tmp_path_factory.mktemp("table")
-    flags = [SMALL, f"--workdir={workdir}", f"--rows={ROWS}", "--seeds=2"]
+    flags = [SMALL, LONGER, f"--workdir={workdir}", f"--rows={ROWS}", "--seeds=2"]
     done = run_python(["-m", "shortcut_jax.table1", *flags], timeout=300)
     assert done.returncode == 0
     return workdir, done.stdout
@@ -135,9 +136,9 @@ def table(run_python, tmp_path_factory):
 def test_the_command_prints_what_rows_spend_and_the_table(table):
     _, printed = table
     lines = [" ".join(line.split()) for line in printed.splitlines()]
-    # The shortcut model would take 8 * (32 * 3 + 8 * 2) = 896.
-    assert "flow_matching 960 0 0 10 of 96" in lines
-    assert "progressive_distillation 960 480 0 3 of 160" in lines
+    # The shortcut model would take 24 * (32 * 3 + 8 * 2) = 2,688.
+    assert "flow_matching 2,688 0 0 28 of 96" in lines
+    assert "progressive_distillation 2,784 1,344 0 9 of 160" in lines
     assert any(line.startswith("| progressive_distillation (2) | (302.9) |") for line in lines)
 
 
@@ -168,7 +169,7 @@ def test_started_again_it_does_what_is_missing_alone(table, run_python, tmp_path
     before, stamp = json.loads(redone.read_text()), kept.stat().st_mtime_ns
     redone.unlink()
     (workdir / "table1.json").unlink()
-    flags = [SMALL, f"--workdir={workdir}", "--rows=flow_matching", "--seeds=2"]
+    flags = [SMALL, LONGER, f"--workdir={workdir}", "--rows=flow_matching", "--seeds=2"]
     done = run_python(["-m", "shortcut_jax.table1", *flags])
     assert done.returncode == 0 and "Compiled the step" not in done.stderr  # nothing was trained
     assert kept.stat().st_mtime_ns == stamp
@@ -178,9 +179,16 @@ def test_started_again_it_does_what_is_missing_alone(table, run_python, tmp_path
 
 
 def test_another_config_in_the_same_workdir_is_refused(table, run_python):
-    flags = [SMALL, f"--workdir={table[0]}", "--rows=flow_matching", "--config.optimizer.lr=1e-3"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags])
+    flags = [SMALL, LONGER, f"--workdir={table[0]}", "--rows=flow_matching"]
+    done = run_python(["-m", "shortcut_jax.table1", *flags, "--config.optimizer.lr=1e-3"])
     assert done.returncode == 2 and "optimizer.lr: 0.004 -> 0.001" in done.stderr
+
+
+def test_every_row_is_checked_before_any_is_trained(run_python, tmp_path):
+    flags = [SMALL, f"--workdir={tmp_path}", f"--rows={ROWS}"]
+    done = run_python(["-m", "shortcut_jax.table1", *flags])
+    assert done.returncode == 2 and "total_steps=3 is less than the 7 stages" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_report_of_several_tables(table, run_python, tmp_path):
@@ -199,7 +207,8 @@ def test_a_row_that_there_is_not(run_python, tmp_path):
 
 
 def test_dry_run_of_the_table_writes_nothing(run_python, tmp_path):
-    done = run_python(["-m", "shortcut_jax.table1", SMALL, f"--workdir={tmp_path}", "--dry_run"])
+    flags = [SMALL, LONGER, f"--workdir={tmp_path}", "--dry_run"]
+    done = run_python(["-m", "shortcut_jax.table1", *flags])
     assert done.returncode == 0 and "mean_flow" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

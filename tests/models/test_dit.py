@@ -273,9 +273,9 @@ def test_methods_without_step_sizes_get_a_network_that_ignores_them():
         conf = config.build(f"objective={name},model=S/2", lambda conf: None, {})
         objective = config.build_objective(conf, num_classes=3)
         network = state.build_network(conf, objective)
-        assert network.ignore_step == (name == "flow_matching")
+        assert network.ignore_step == (name not in ("shortcut", "live_reflow", "mean_flow"))
         assert network.num_classes == 3
-        assert network.max_level == {"shortcut": 7, "flow_matching": 0}[name]
+        assert network.max_level == (7 if name in ("shortcut", "live_reflow") else 0)
 
 
 # ---- initialisation ------------------------------------------------------------------------------
