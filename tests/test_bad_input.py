@@ -136,7 +136,7 @@ BAD_FLAGS = {
     "stray argument": ((SMALL, "batch_size=3"), ("'batch_size=3'", "not a flag", "--name=value")),
     "wrong type of another flag": (
         (SMALL, "--logger_levels=x"),
-        ("--logger_levels='x'", "not of type", "--help"),
+        ("--logger_levels='x'", "is refused", "--help"),
     ),
 }  # fmt: skip
 
