@@ -23,7 +23,8 @@ HEADLINE = ("loss", "loss/empirical", "bootstrap_target_rms", "grad_norm")
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes the file whole or not at all: a kill leaves the old content, never half of the new."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    # Of this process: two that write the same file must not take each other's away.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
