@@ -11,15 +11,12 @@ from shortcut_jax import sampling, sharding
 from shortcut_jax.objectives.base import guide, sampling_velocity
 from shortcut_jax.objectives.flow_matching import FlowMatching
 from shortcut_jax.objectives.shortcut import Shortcut
+from tests import toys
 
 NULL = 10
 SHAPE = (2, 2, 1)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 SHORTCUT, FLOW = Shortcut(null_label=NULL), FlowMatching(null_label=NULL)
-
-
-def per_row(a):
-    return a[:, None, None, None]
 
 
 def start(n=3):
@@ -42,7 +39,7 @@ def no_noise(*step):
 
 
 def constant(x, t, d, labels):
-    return jnp.full_like(x, 3.0) + per_row(labels)
+    return jnp.full_like(x, 3.0) + toys.per_row(labels)
 
 
 @pytest.mark.parametrize("objective", [SHORTCUT, FLOW], ids=["shortcut", "flow_matching"])
@@ -50,7 +47,7 @@ def test_a_constant_velocity_is_exact_in_any_number_of_steps(objective):
     x, labels = start()
     for num_steps in (1, 4):
         end = integrator(objective, constant)(x, labels, num_steps)
-        np.testing.assert_allclose(end, x + 3 + per_row(labels), rtol=1e-6)
+        np.testing.assert_allclose(end, x + 3 + toys.per_row(labels), rtol=1e-6)
 
 
 def decay(x, t, d, labels):
@@ -73,7 +70,7 @@ def test_exponential_decay_is_eulers(objective, step_counts):
 def exact_shortcut(x, t, d, labels):
     """The average velocity over [t, t + d] of dx/dt = a x + b t; d = 0 stands for 1/128."""
     a, b = -1.5, 2.0
-    t, d = per_row(t), per_row(jnp.where(d == 0, 1 / 128, d))
+    t, d = toys.per_row(t), toys.per_row(jnp.where(d == 0, 1 / 128, d))
     end = jnp.exp(a * d) * (x + b * t / a + b / a**2) - b * (t + d) / a - b / a**2
     return (end - x) / d
 
@@ -112,7 +109,7 @@ def test_step_i_is_asked_at_i_over_n_with_size_1_over_n(objective, num_steps):
 
 def test_rows_may_be_at_different_times_and_take_steps_of_different_sizes():
     def velocity(x, t, d, labels):
-        return x + per_row(10 * t + 100 * d + 1000 * labels)
+        return x + toys.per_row(10 * t + 100 * d + 1000 * labels)
 
     x, labels = start()
     t, d = jnp.asarray([0.0, 0.5, 0.75]), jnp.asarray([1.0, 0.25, 1 / 128])
@@ -134,7 +131,7 @@ class Spy:
     def __call__(self, x, t, d, labels):
         self.labels.append(np.asarray(labels).tolist())
         value = jnp.where(labels == NULL, 100.0, 1.0 + labels)
-        return jnp.zeros_like(x) + per_row(value + 0 * t + 0 * d)
+        return jnp.zeros_like(x) + toys.per_row(value + 0 * t + 0 * d)
 
 
 def ask(velocity):
@@ -151,7 +148,7 @@ def test_guidance_formula():
 
 def test_both_passes_of_guidance_see_the_same_x_t_and_d():
     def velocity(x, t, d, labels):
-        return x + per_row(10 * t + 100 * d)
+        return x + toys.per_row(10 * t + 100 * d)
 
     x, labels = start()
     t, d = jnp.asarray([0.0, 0.5, 0.75]), jnp.asarray([1.0, 0.25, 0.0])
@@ -199,7 +196,7 @@ def make_sampler(objective, velocity):
 
 def test_few_step_samples_are_conditional_and_those_of_the_smallest_step_guided():
     def velocity(x, t, d, labels):
-        return jnp.zeros_like(x) + per_row(jnp.where(labels == NULL, 100.0, 1.0 + labels))
+        return jnp.zeros_like(x) + toys.per_row(jnp.where(labels == NULL, 100.0, 1.0 + labels))
 
     objective = Shortcut(null_label=NULL, cfg_scale=3.0, denoise_timesteps=8)
     sample = make_sampler(objective, velocity)
@@ -211,7 +208,7 @@ def test_few_step_samples_are_conditional_and_those_of_the_smallest_step_guided(
         np.testing.assert_array_equal(labels, expected_labels)
         conditional = 2 * (1.0 + labels)
         shift = 200 + 3 * (conditional - 200) if num_steps == 8 else conditional
-        np.testing.assert_allclose(images, noise + per_row(shift), rtol=1e-5)
+        np.testing.assert_allclose(images, noise + toys.per_row(shift), rtol=1e-5)
 
 
 # ---- noise and labels ----------------------------------------------------------------------------

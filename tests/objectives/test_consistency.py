@@ -18,6 +18,7 @@ from shortcut_jax.objectives import Batch, Progress, Velocities
 from shortcut_jax.objectives.base import sampling_velocity
 from shortcut_jax.objectives.consistency_distillation import ConsistencyDistillation
 from shortcut_jax.objectives.consistency_training import ConsistencyTraining
+from tests import toys
 
 N = 256
 NULL = 10_000
@@ -29,7 +30,7 @@ both_methods = pytest.mark.parametrize("method", [ConsistencyTraining, Consisten
 
 
 def linear_velocity(a, b, e):
-    return lambda x, t, d, labels: a * x + per_row(b * t + e * labels)
+    return lambda x, t, d, labels: a * x + toys.per_row(b * t + e * labels)
 
 
 EMA = linear_velocity(*EMA_COEFFICIENTS)
@@ -40,13 +41,8 @@ def unused(*args):
     raise AssertionError("this network is not asked for targets")
 
 
-def per_row(a):
-    return a[:, None, None, None]
-
-
 def make_batch(n=N, scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE, scale)
 
 
 def make_targets(
@@ -78,7 +74,7 @@ def drawn_noise(method, **settings):
     """The noise of the first step in float64: images of zeros leave x_t = (1 - (1-f) t) x_0."""
     targets, _ = make_targets(method, batch=make_batch(scale=0.0), **settings)
     keep = 1 - settings.get("noise_floor", 0.0)
-    return targets.x_t / per_row(1 - keep * targets.t.astype(np.float64))
+    return targets.x_t / toys.per_row(1 - keep * targets.t.astype(np.float64))
 
 
 class Spy:
@@ -110,10 +106,10 @@ def reference(method, t, x0, x1, *, stage, m, cfg_scale=1.0, noise_floor=0.0, bo
 
     def ask(coefficients, x, t):
         a, b, e = coefficients
-        return a * x + per_row(b * t + e * labels)
+        return a * x + toys.per_row(b * t + e * labels)
 
     def path(t):
-        return (1 - (1 - noise_floor) * per_row(t)) * x0 + per_row(t) * x1
+        return (1 - (1 - noise_floor) * toys.per_row(t)) * x0 + toys.per_row(t) * x1
 
     x_t = path(t)
     if method is ConsistencyTraining:
@@ -122,8 +118,8 @@ def reference(method, t, x0, x1, *, stage, m, cfg_scale=1.0, noise_floor=0.0, bo
     else:
         t_next = t + 1 / m
         x_next = np.clip(x_t + ask(TEACHER_COEFFICIENTS, x_t, t) / m, -limit, limit)
-    end = x_next + per_row(1 - t_next) * ask(EMA_COEFFICIENTS, x_next, t_next)
-    return x_t, (end - x_t) / per_row(1 - t)
+    end = x_next + toys.per_row(1 - t_next) * ask(EMA_COEFFICIENTS, x_next, t_next)
+    return x_t, (end - x_t) / toys.per_row(1 - t)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +158,7 @@ def test_training_by_hand():
     # f = x0 + x1 + 1/4, that is v = x1 + 1/4. From t = 1/2 to the image: v = x1 - x0.
     targets, _ = make_targets(ConsistencyTraining, stage=1, **settings)
     assert set(targets.t) == {0, 0.5}
-    expected = np.where(per_row(targets.t) == 0, x1 + 0.25, x1 - x0)
+    expected = np.where(toys.per_row(targets.t) == 0, x1 + 0.25, x1 - x0)
     np.testing.assert_allclose(targets.target, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,7 +170,7 @@ def test_distillation_by_hand():
     # From t = 0: x' = x + x = 2x, where v = 12x + 1/2 leads to f = 8x + 1/4: v = 7x + 1/4.
     # From t = 1/2: x' = x + (2x + 2) / 2 = 2x + 1 at the end, f = x': v = (x + 1) / (1/2).
     x = targets.x_t
-    expected = np.where(per_row(targets.t) == 0, 7 * x + 0.25, 2 * x + 2)
+    expected = np.where(toys.per_row(targets.t) == 0, 7 * x + 0.25, 2 * x + 2)
     np.testing.assert_allclose(targets.target, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -186,7 +182,7 @@ def test_training_ends_in_the_data_itself_whatever_the_network_says(stage):
     targets, _ = make_targets(ConsistencyTraining, stage=stage, ema=wrong)
     last = targets.t + 0.5**stage == 1
     assert last.any() and last.all() == (stage == 0)
-    end = targets.x_t + per_row(1 - targets.t) * targets.target
+    end = targets.x_t + toys.per_row(1 - targets.t) * targets.target
     np.testing.assert_allclose(end[last], make_batch().image[last], rtol=1e-5, atol=1e-5)
     assert (np.abs(end[~last]) > 10).all()
 
@@ -196,7 +192,7 @@ def test_training_asks_the_ema_further_on_the_path_of_the_same_pair(stage):
     targets, (x_next, t_next, d, labels) = spied(ConsistencyTraining, stage=stage)
     np.testing.assert_array_equal(t_next, targets.t + 0.5**stage)
     x0, x1 = drawn_noise(ConsistencyTraining, stage=stage), make_batch().image
-    expected = per_row(1 - t_next) * x0 + per_row(t_next) * x1
+    expected = toys.per_row(1 - t_next) * x0 + toys.per_row(t_next) * x1
     np.testing.assert_allclose(x_next, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(d, 0)
     np.testing.assert_array_equal(labels, np.arange(N))
@@ -226,7 +222,7 @@ def test_distillation_clips_the_neighbour_alone():
 def test_a_network_that_knows_the_end_is_told_to_go_on(method):
     # All paths end in x1 = 3: v = (3 - x) / (1 - t) answers what it is asked to learn.
     def to_three(x, t, d, labels):
-        return (3 - x) / per_row(jnp.maximum(1 - t, 1e-9))
+        return (3 - x) / toys.per_row(jnp.maximum(1 - t, 1e-9))
 
     batch = Batch(jnp.full((N, *SHAPE), 3.0), jnp.arange(N))
     targets, _ = make_targets(method, ema=to_three, teacher=to_three, stage=6, batch=batch)
@@ -451,7 +447,7 @@ def test_euler_draws_no_noise():
 def test_a_network_that_knows_the_end_gets_there_in_any_number_of_steps(sampler, steps):
     # ... and is on the path of the noise it was last given and the end at every time.
     def to_five(x, t, d, labels):
-        return (5 - x) / per_row(1 - t)
+        return (5 - x) / toys.per_row(1 - t)
 
     objective = ConsistencyTraining(null_label=NULL, sampler=sampler)
     x, d, labels = CONSTANT(-2.0), ONES / steps, jnp.arange(N)

@@ -13,8 +13,9 @@ import pytest
 
 from shortcut_jax import rng, sampling
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.diffusion import Diffusion, signal_levels
+from tests import toys
 
 N = 1024
 NULL = 10_000
@@ -25,17 +26,12 @@ BETAS = np.array([1e-4 + s * (0.02 - 1e-4) / 999 for s in range(1000)])
 ALPHA_BARS = np.exp(np.cumsum(np.log1p(-BETAS)))  # of the definition, not by a product
 
 
-def per_row(a):
-    return a[:, None, None, None]
-
-
 def unused(*args):
     raise AssertionError("nothing may ask for this")
 
 
 def make_batch(scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(N, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(N, dtype=jnp.int32))
+    return toys.make_batch(N, SHAPE, scale)
 
 
 def make_targets(*, scale=1.0, seed=0, index=0, **settings):
@@ -74,7 +70,7 @@ def test_schedule_is_ddpms_linear_one():
 
 def test_rows_are_images_at_a_noise_level_and_regress_the_noise():
     targets, images = sixteen_steps()
-    level = per_row(ALPHA_BARS[noise_level(targets.t)])
+    level = toys.per_row(ALPHA_BARS[noise_level(targets.t)])
     expected = np.sqrt(level) * images + np.sqrt(1 - level) * targets.target
     np.testing.assert_allclose(targets.x_t, expected, rtol=1e-5, atol=2e-6)
 
@@ -105,12 +101,7 @@ def test_all_noise_levels_are_equally_likely():
 
 def test_fields_of_every_row():
     targets = make_targets()
-    assert targets.x_t.shape == targets.target.shape == (N, *SHAPE)
-    for name in ("t", "d", "weight", "labels", "branch"):
-        assert getattr(targets, name).shape == (N,)
-    floats = (targets.x_t, targets.target, targets.t, targets.d, targets.weight)
-    assert {a.dtype.name for a in floats} == {"float32"}
-    assert targets.labels.dtype == targets.branch.dtype == np.int32
+    toys.assert_fields(targets, N, SHAPE)
     assert (targets.d == 0).all() and (targets.weight == 1).all() and (targets.branch == 0).all()
     objective = Diffusion(null_label=NULL)
     assert objective.branches == ("empirical",) and not objective.uses_step_size
@@ -233,13 +224,13 @@ def test_ddpm_step_is_the_posterior_of_the_respaced_chain(num_steps):
     alpha_bar = ALPHA_BARS[respaced(num_steps)][::-1]
     before = np.append(1.0, alpha_bar[:-1])
     beta = 1 - alpha_bar / before
-    data = (x - per_row(np.sqrt(1 - alpha_bar))[::-1] * Spy.predict(x)) / per_row(
+    data = (x - toys.per_row(np.sqrt(1 - alpha_bar))[::-1] * Spy.predict(x)) / toys.per_row(
         np.sqrt(alpha_bar)
     )[::-1]
     of_data = np.sqrt(before) * beta / (1 - alpha_bar)
     of_x = np.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar)
     variance = (1 - before) / (1 - alpha_bar) * beta
-    of_data, of_x, deviation = (per_row(a[::-1]) for a in (of_data, of_x, np.sqrt(variance)))
+    of_data, of_x, deviation = (toys.per_row(a[::-1]) for a in (of_data, of_x, np.sqrt(variance)))
     expected = of_data * data + of_x * x + deviation * noise
     np.testing.assert_allclose(end, expected, rtol=2e-4, atol=2e-4)
 
@@ -247,7 +238,7 @@ def test_ddpm_step_is_the_posterior_of_the_respaced_chain(num_steps):
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 128, 1000])
 def test_ddim_step_keeps_the_predicted_noise_and_data(num_steps):
     x, end, _, _ = run_step("ddim", num_steps)
-    level = per_row(ALPHA_BARS[respaced(num_steps)])
+    level = toys.per_row(ALPHA_BARS[respaced(num_steps)])
     next_level = np.append(level[1:], np.ones((1, 1, 1, 1)), axis=0)
     data = (x - np.sqrt(1 - level) * Spy.predict(x)) / np.sqrt(level)
     expected = np.sqrt(next_level) * data + np.sqrt(1 - next_level) * Spy.predict(x)
@@ -274,7 +265,7 @@ MEAN, DEVIATION = 0.7, 0.3  # of Gaussian data, whose noise can be predicted exa
 def exact_noise(x, t, d, labels):
     """E[noise | x_s] for data N(MEAN, DEVIATION^2)."""
     s = jnp.round(1000 * (1 - t)).astype(jnp.int32) - 1
-    level = per_row(jnp.asarray(ALPHA_BARS, jnp.float32)[s])
+    level = toys.per_row(jnp.asarray(ALPHA_BARS, jnp.float32)[s])
     centred = x - jnp.sqrt(level) * MEAN
     return jnp.sqrt(1 - level) * centred / (level * DEVIATION**2 + 1 - level)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.flow_matching import FlowMatching
+from tests import toys
 
 NULL = 10_000
 PROGRESS = Progress(0, 1)
@@ -21,8 +22,7 @@ SHAPE = (2, 2, 1)
 
 
 def make_batch(n, scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE, scale)
 
 
 def make_targets(batch, *, seed=0, index=0, **settings):
@@ -63,13 +63,7 @@ def test_path_by_hand():
 
 def test_fields_of_every_row():
     targets, _ = make_targets(make_batch(1024))
-    assert targets.x_t.shape == targets.target.shape == (1024, *SHAPE)
-    for name in ("t", "d", "weight", "labels", "branch"):
-        assert getattr(targets, name).shape == (1024,)
-    assert {a.dtype.name for a in (targets.x_t, targets.target, targets.t, targets.d)} == {
-        "float32"
-    }
-    assert targets.labels.dtype == targets.branch.dtype == np.int32
+    toys.assert_fields(targets, 1024, SHAPE)
     assert (targets.d == 0).all() and (targets.weight == 1).all() and (targets.branch == 0).all()
     assert FlowMatching(null_label=NULL).branches == ("empirical",)
 

@@ -14,18 +14,15 @@ import pytest
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.live_reflow import LiveReflow
+from tests import toys
 
 N = 256
 NULL = 10_000
 PROGRESS = Progress(0, 1)
 SHAPE = (1, 1, 2)
 COEFFICIENTS = (-0.5, 0.3, 1.1, 0.002)
-
-
-def per_row(a):
-    return a[:, None, None, None]
 
 
 def unused(*args):
@@ -37,15 +34,14 @@ def make_objective(**changes):
 
 
 def linear_velocity(a, b, c, e):
-    return lambda x, t, d, labels: a * x + per_row(b * t + c * d + e * labels)
+    return lambda x, t, d, labels: a * x + toys.per_row(b * t + c * d + e * labels)
 
 
 VELOCITY = linear_velocity(*COEFFICIENTS)
 
 
 def make_batch(n=N, scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE, scale)
 
 
 def make_targets(objective, velocity=None, *, batch=None, seed=0, index=0, num_shards=1):
@@ -65,7 +61,7 @@ def reflow_rows(objective, n=N):
 
 def noise_of(objective, targets):
     """x0 of reflow rows: x_t = (1 - (1-f) t) x0 + t x_end, with x_end = x0 + target."""
-    t = per_row(targets.t.astype(np.float64))
+    t = toys.per_row(targets.t.astype(np.float64))
     return (targets.x_t - t * targets.target) / (1 + objective.noise_floor * t)
 
 
@@ -90,7 +86,7 @@ def denoised(objective, x0, labels):
     a, b, _, e = COEFFICIENTS
     w, x, steps = objective.cfg_scale, x0, objective.reflow_steps
     for i in range(steps):
-        conditional = a * x + b * i / steps + e * per_row(labels)
+        conditional = a * x + b * i / steps + e * toys.per_row(labels)
         unconditional = a * x + b * i / steps + e * NULL
         x = x + (unconditional + w * (conditional - unconditional)) / steps
     return x
@@ -128,7 +124,7 @@ def test_denoising_by_hand():
     # v = -x, two steps of 1/2: x0 -> x0/2 -> x0/4, so the target is -3/4 x0 and
     # x_t = x0 - 3/4 t x0.
     targets, _ = make_targets(objective, lambda x, t, d, labels: -x)
-    expected = -0.75 * targets.x_t / (1 - 0.75 * per_row(targets.t))
+    expected = -0.75 * targets.x_t / (1 - 0.75 * toys.per_row(targets.t))
     np.testing.assert_allclose(targets.target[rows], expected[rows], rtol=1e-5)
     # v = t at the start of each of four steps: (0 + 1/4 + 1/2 + 3/4) / 4 = 3/8.
     time = linear_velocity(0, 1, 0, 0)
@@ -174,12 +170,7 @@ def test_reflow_rows_are_the_first_of_each_group_at_d_1():
 
 def test_fields_of_every_row():
     targets, _ = make_targets(make_objective())
-    assert targets.x_t.shape == targets.target.shape == (N, *SHAPE)
-    for name in ("t", "d", "weight", "labels", "branch"):
-        assert getattr(targets, name).shape == (N,)
-    floats = (targets.x_t, targets.target, targets.t, targets.d, targets.weight)
-    assert {a.dtype.name for a in floats} == {"float32"}
-    assert targets.labels.dtype == targets.branch.dtype == np.int32
+    toys.assert_fields(targets, N, SHAPE)
     assert (targets.weight == 1).all()
 
 
@@ -204,7 +195,7 @@ def test_no_gradient_flows_through_the_denoising():
 def test_the_denoising_is_guided_by_formula(scale, expected):
     # v = 1 for a label and 5 for the null label: guided by w = 3, 5 + 3 (1 - 5) = -7.
     def velocity(x, t, d, labels):
-        return jnp.zeros_like(x) + per_row(jnp.where(labels == NULL, 5.0, 1.0))
+        return jnp.zeros_like(x) + toys.per_row(jnp.where(labels == NULL, 5.0, 1.0))
 
     objective = make_objective(cfg_scale=scale)
     targets, _ = make_targets(objective, velocity)
@@ -250,7 +241,7 @@ def test_empirical_rows_lie_on_the_path_to_their_image_and_regress_its_velocity(
     targets, _ = make_targets(objective)
     zeros, _ = make_targets(objective, batch=make_batch(scale=0.0))
     rows = ~reflow_rows(objective)
-    x1, x0, t = np.asarray(make_batch().image), -zeros.target / keep, per_row(targets.t)
+    x1, x0, t = np.asarray(make_batch().image), -zeros.target / keep, toys.per_row(targets.t)
     for actual, expected in (
         (targets.target, x1 - keep * x0),
         (targets.x_t, (1 - keep * t) * x0 + t * x1),
@@ -343,7 +334,7 @@ def test_sampling_in_m_steps_follows_the_guided_flow_and_in_fewer_the_straight_p
 @pytest.mark.parametrize("steps", [1, 2, 64, 128])
 def test_a_step_moves_by_the_velocity_at_its_kind_of_path(steps):
     def velocity(x, t, d, labels):
-        return x + per_row(10 * t + 100 * d + 1000 * labels)
+        return x + toys.per_row(10 * t + 100 * d + 1000 * labels)
 
     objective = make_objective(denoise_timesteps=128)
     t, d = jnp.asarray([0.0, 1 - 1 / steps]), jnp.full(2, 1 / steps)

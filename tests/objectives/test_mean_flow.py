@@ -15,8 +15,9 @@ import scipy.stats
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.mean_flow import MeanFlow
+from tests import toys
 
 N = 256
 NULL = 10_000
@@ -24,10 +25,6 @@ PROGRESS = Progress(0, 1)
 SHAPE = (1, 1, 2)
 COEFFICIENTS = (0.7, -0.4, 1.1, 0.3, -0.9, 0.0002)
 JUMPS = np.arange(N) % 4 == 0  # rows with d > 0 at the default share
-
-
-def per_row(a):
-    return a[:, None, None, None]
 
 
 def unused(*args):
@@ -43,8 +40,7 @@ def make_objective(**changes):
 
 
 def make_batch(n=N):
-    images = np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE)
 
 
 def make_targets(objective, velocity, *, batch=None, seed=0, index=0, num_shards=1):
@@ -71,7 +67,7 @@ def nonlinear_velocity(a, b, c, e, f, g):
     """Every partial derivative depends on where it is taken."""
 
     def velocity(x, t, d, labels):
-        t, d, labels = per_row(t), per_row(d), per_row(labels)
+        t, d, labels = toys.per_row(t), toys.per_row(d), toys.per_row(labels)
         return a * x + b * x * t + c * x * d + e * t**2 + f * d**2 + g * labels
 
     return velocity
@@ -81,11 +77,11 @@ def reference_targets(objective, coefficients, targets, v):
     """The target of every row in float64, with the derivatives by hand."""
     a, b, c, e, f, g = coefficients
     x, v = targets.x_t.astype(np.float64), v.astype(np.float64)
-    t, d = (per_row(s.astype(np.float64)) for s in (targets.t, targets.d))
+    t, d = (toys.per_row(s.astype(np.float64)) for s in (targets.t, targets.d))
     if objective.cfg_scale not in (0, 1):
         unconditional = a * x + b * x * t + e * t**2 + g * NULL
         guided = unconditional + objective.cfg_scale * (v - unconditional)
-        v = np.where(per_row(targets.labels == NULL), v, guided)
+        v = np.where(toys.per_row(targets.labels == NULL), v, guided)
     du_dx, du_dt, du_dd = a + b * t + c * d, b * x + 2 * e * t, c * x + 2 * f * d
     return v + d * (v * du_dx + du_dt - du_dd)
 
@@ -126,11 +122,13 @@ def test_identity_by_hand(network, by_hand):
     objective = make_objective()
 
     def velocity(x, t, d, labels):
-        return network(x, per_row(t), per_row(d))
+        return network(x, toys.per_row(t), toys.per_row(d))
 
     v = make_targets(objective, zero)[0].target
     targets, _ = make_targets(objective, velocity)
-    np.testing.assert_allclose(targets.target, by_hand(v, per_row(targets.d)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        targets.target, by_hand(v, toys.per_row(targets.d)), rtol=1e-4, atol=1e-5
+    )
 
 
 A, B = -1.5, 2.0
@@ -138,7 +136,7 @@ A, B = -1.5, 2.0
 
 def average_velocity(x, t, d, labels):
     """Of dx/dt = A x + B t over [t, t + d], in closed form."""
-    t, z = per_row(t), A * per_row(d)
+    t, z = toys.per_row(t), A * toys.per_row(d)
     phi = jnp.where(z == 0, 1.0, jnp.expm1(z) / jnp.where(z == 0, 1.0, z))
     return (A * x + B * t + B / A) * phi - B / A
 
@@ -148,7 +146,7 @@ def test_the_exact_average_velocity_of_an_ode_is_its_own_target():
     objective = make_objective()
     first, _ = make_targets(objective, zero)
     x0 = np.asarray(make_batch().image, np.float64) - first.target
-    t = per_row(first.t.astype(np.float64))
+    t = toys.per_row(first.t.astype(np.float64))
     v = (A * x0 + B * t) / (1 - A * t)
     batch = make_batch().replace(image=jnp.asarray(x0 + v, jnp.float32))
 
@@ -168,18 +166,18 @@ def test_rows_without_a_jump_regress_the_velocity_of_the_path():
     targets, _ = make_targets(make_objective(), nonlinear_velocity(*COEFFICIENTS))
     v = make_targets(make_objective(), zero)[0].target
     np.testing.assert_array_equal(targets.target[~JUMPS], v[~JUMPS])
-    x1, t = np.asarray(make_batch().image), per_row(targets.t)
+    x1, t = np.asarray(make_batch().image), toys.per_row(targets.t)
     expected = (1 - t) * (x1 - v) + t * x1  # all rows lie on the path
     np.testing.assert_allclose(targets.x_t, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_derivatives_are_of_the_network_with_the_rows_own_label():
     def velocity(x, t, d, labels):
-        return x * per_row(labels)
+        return x * toys.per_row(labels)
 
     v = make_targets(make_objective(), zero)[0].target
     targets, _ = make_targets(make_objective(), velocity)
-    expected = v * per_row(1 + targets.d * np.arange(N))
+    expected = v * toys.per_row(1 + targets.d * np.arange(N))
     np.testing.assert_allclose(targets.target, expected, rtol=1e-4)
 
 
@@ -203,7 +201,7 @@ def test_no_gradient_flows_through_the_targets():
 def test_guidance_by_hand():
     # u = 5 for the null label: v -> 5 + 3 (v - 5), but rows that dropped their label keep v.
     def velocity(x, t, d, labels):
-        return jnp.zeros_like(x) + per_row(jnp.where(labels == NULL, 5.0, 1.0))
+        return jnp.zeros_like(x) + toys.per_row(jnp.where(labels == NULL, 5.0, 1.0))
 
     objective = make_objective(cfg_scale=3.0, class_dropout=0.5)
     v = make_targets(make_objective(class_dropout=0.5), zero)[0].target
@@ -219,7 +217,7 @@ def test_the_guided_velocity_is_the_direction_of_the_derivative():
     objective = make_objective(cfg_scale=3.0)
     v = make_targets(make_objective(), zero)[0].target
     targets, _ = make_targets(objective, lambda x, t, d, labels: x)
-    expected = (1 + per_row(targets.d)) * (targets.x_t + 3 * (v - targets.x_t))
+    expected = (1 + toys.per_row(targets.d)) * (targets.x_t + 3 * (v - targets.x_t))
     np.testing.assert_allclose(targets.target, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -258,12 +256,7 @@ def test_cfg_scale_0_trains_the_null_label_alone():
 
 def test_fields_of_every_row():
     targets, _ = make_targets(make_objective(), zero)
-    assert targets.x_t.shape == targets.target.shape == (N, *SHAPE)
-    for name in ("t", "d", "weight", "labels", "branch"):
-        assert getattr(targets, name).shape == (N,)
-    floats = (targets.x_t, targets.target, targets.t, targets.d, targets.weight)
-    assert {a.dtype.name for a in floats} == {"float32"}
-    assert targets.labels.dtype == targets.branch.dtype == np.int32
+    toys.assert_fields(targets, N, SHAPE)
     assert (targets.weight == 1).all()
 
 
@@ -391,7 +384,7 @@ def test_sampling_jumps_by_the_average_velocity_without_guidance():
     assert MeanFlow.uses_step_size
 
     def velocity(x, t, d, labels):
-        return x + per_row(10 * t + 100 * d + 1000 * labels)
+        return x + toys.per_row(10 * t + 100 * d + 1000 * labels)
 
     t, d, labels = jnp.asarray([0.0, 0.5]), jnp.full(2, 0.5), jnp.asarray([0, 2])
     end = objective.step(velocity, jnp.ones((2, *SHAPE)), t, d, labels, unused)

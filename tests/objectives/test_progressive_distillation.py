@@ -15,9 +15,10 @@ import pytest
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.base import sampling_velocity
 from shortcut_jax.objectives.progressive_distillation import ProgressiveDistillation
+from tests import toys
 
 N = 256
 NULL = 10_000
@@ -30,7 +31,7 @@ def make_objective(**changes):
 
 
 def linear_velocity(a, b, e):
-    return lambda x, t, d, labels: a * x + per_row(b * t + e * labels)
+    return lambda x, t, d, labels: a * x + toys.per_row(b * t + e * labels)
 
 
 TEACHER = linear_velocity(*COEFFICIENTS)
@@ -40,13 +41,8 @@ def unused(*args):
     raise AssertionError("only the teacher is asked for targets")
 
 
-def per_row(a):
-    return a[:, None, None, None]
-
-
 def make_batch(n=N, scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE, scale)
 
 
 def make_targets(
@@ -65,7 +61,7 @@ def drawn_noise(noise_floor=0.0, stage=0, m=128):
     objective = make_objective(noise_floor=noise_floor, denoise_timesteps=m)
     targets = make_targets(objective, stage=stage, batch=make_batch(scale=0.0))
     keep, t = 1 - noise_floor, targets.t.astype(np.float64)
-    return targets.x_t / per_row(1 - keep * t)
+    return targets.x_t / toys.per_row(1 - keep * t)
 
 
 class Spy:
@@ -99,13 +95,13 @@ def reference(objective, stage, t, x0, x1, labels):
         labels = np.full(len(labels), NULL)
 
     def v(x, t):
-        conditional = a * x + per_row(b * t + e * labels)
-        unconditional = a * x + per_row(b * t + np.full(len(labels), e * NULL))
+        conditional = a * x + toys.per_row(b * t + e * labels)
+        unconditional = a * x + toys.per_row(b * t + np.full(len(labels), e * NULL))
         return unconditional + w * (conditional - unconditional) if stage == 0 else conditional
 
     d = 2.0**stage / m  # of the teacher
     t = t.astype(np.float64)
-    x = (1 - keep * per_row(t)) * x0 + per_row(t) * x1
+    x = (1 - keep * toys.per_row(t)) * x0 + toys.per_row(t) * x1
     first = v(x, t)
     second = v(np.clip(x + d * first, -limit, limit), t + d)
     return x, (first + second) / 2
@@ -145,7 +141,7 @@ def test_targets_by_hand():
     # v2 = 2x' + t + 1/4 = 3x + 1.5t + 0.25, mean 2.5x + 1.25t + 0.125.
     targets = make_targets(objective, stage=0, teacher=teacher)
     assert set(targets.t) == {0, 0.5} and set(targets.d) == {0.5}
-    expected = 2.5 * targets.x_t + per_row(1.25 * targets.t + 0.125)
+    expected = 2.5 * targets.x_t + toys.per_row(1.25 * targets.t + 0.125)
     np.testing.assert_allclose(targets.target, expected, rtol=1e-5, atol=1e-5)
     # Stage 1 learns 1 from two steps of 1/2: v1 = 2x, x' = 2x, v2 = 4x + 1/2, mean 3x + 0.25.
     targets = make_targets(objective, stage=1, teacher=teacher)

@@ -8,15 +8,12 @@ import pytest
 from shortcut_jax import rng
 from shortcut_jax.objectives import Batch, Progress, Velocities
 from shortcut_jax.objectives.reflow import Reflow
+from tests import toys
 
 N = 1024
 NULL = 10_000
 PROGRESS = Progress(0, 1)
 SHAPE = (1, 1, 2)
-
-
-def per_row(a):
-    return a[:, None, None, None]
 
 
 def make_batch():
@@ -44,7 +41,7 @@ def test_by_hand():
     batch = Batch(-image, jnp.zeros(N, jnp.int32), 3 * image)
     targets, scalars = make_targets(batch=batch)
     np.testing.assert_array_equal(targets.target, -4)
-    expected = np.broadcast_to(per_row(3 - 4 * targets.t), targets.x_t.shape)
+    expected = np.broadcast_to(toys.per_row(3 - 4 * targets.t), targets.x_t.shape)
     np.testing.assert_allclose(targets.x_t, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(scalars["target_rms"], 4)
 
@@ -54,7 +51,7 @@ def test_rows_lie_between_the_noise_and_the_image_of_their_pair(noise_floor):
     batch, keep = make_batch(), 1 - noise_floor
     targets, _ = make_targets(batch=batch, noise_floor=noise_floor)
     x0, x1 = (np.asarray(a, np.float64) for a in (batch.noise, batch.image))
-    t = per_row(targets.t.astype(np.float64))
+    t = toys.per_row(targets.t.astype(np.float64))
     np.testing.assert_allclose(targets.x_t, (1 - keep * t) * x0 + t * x1, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(targets.target, x1 - keep * x0, rtol=1e-5)
 
@@ -72,12 +69,7 @@ def test_no_noise_is_drawn():
 
 def test_fields_of_every_row():
     targets, _ = make_targets()
-    assert targets.x_t.shape == targets.target.shape == (N, *SHAPE)
-    for name in ("t", "d", "weight", "labels", "branch"):
-        assert getattr(targets, name).shape == (N,)
-    floats = (targets.x_t, targets.target, targets.t, targets.d, targets.weight)
-    assert {a.dtype.name for a in floats} == {"float32"}
-    assert targets.labels.dtype == targets.branch.dtype == np.int32
+    toys.assert_fields(targets, N, SHAPE)
     assert (targets.d == 0).all() and (targets.weight == 1).all() and (targets.branch == 0).all()
 
 
@@ -130,7 +122,7 @@ def test_the_student_is_never_guided_and_moves_by_its_velocity():
     assert objective.branches == ("reflow",) and objective.target_evaluations(64) == 0
 
     def velocity(x, t, d, labels):
-        return x + per_row(10 * t + 1000 * d + labels)
+        return x + toys.per_row(10 * t + 1000 * d + labels)
 
     x, labels = jnp.ones((2, *SHAPE)), jnp.asarray([0, 7])
     end = objective.step(velocity, x, jnp.asarray([0.0, 0.5]), jnp.full(2, 0.5), labels, None)

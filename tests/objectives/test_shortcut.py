@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from shortcut_jax import rng
 from shortcut_jax.errors import UserError
-from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives import Progress, Velocities
 from shortcut_jax.objectives.shortcut import Shortcut, stratified_levels
+from tests import toys
 
 N = 256
 NULL = 10_000
@@ -47,8 +48,7 @@ EMA = linear_velocity(0.7, -1.3, 0.9, 0.001)
 
 
 def make_batch(n=N, scale=1.0):
-    images = scale * np.random.default_rng(0).normal(size=(n, *SHAPE))
-    return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
+    return toys.make_batch(n, SHAPE, scale)
 
 
 def make_targets(objective, batch=None, *, online=ONLINE, ema=EMA, num_shards=1, seed=0, index=0):
@@ -111,10 +111,6 @@ def chi_square(counts):
     return np.sum((counts - expected) ** 2) / expected
 
 
-def per_row(a):
-    return a[:, None, None, None]
-
-
 # ---- bootstrap targets ---------------------------------------------------------------------------
 
 
@@ -128,15 +124,15 @@ def reference_target(objective, targets, coefficients):
 
     def ask(x, t):
         def network(label):
-            return a * x + per_row(b * t + c * np.where(smallest, 0, half) + e * label)
+            return a * x + toys.per_row(b * t + c * np.where(smallest, 0, half) + e * label)
 
         conditional, unconditional = network(targets.labels), network(np.array([NULL]))
         guided = unconditional + w * (conditional - unconditional)
         guides = smallest & (objective.bootstrap_cfg and w not in (0, 1))
-        return np.where(per_row(guides), guided, conditional)
+        return np.where(toys.per_row(guides), guided, conditional)
 
     s1 = ask(x, t)
-    s2 = ask(np.clip(x + per_row(half) * s1, -clip, clip), t + half)
+    s2 = ask(np.clip(x + toys.per_row(half) * s1, -clip, clip), t + half)
     return np.clip((s1 + s2) / 2, -clip, clip)
 
 
@@ -175,7 +171,7 @@ def test_bootstrap_targets_by_hand():
     np.testing.assert_allclose(targets.target[whole], 3 * x[whole] + 3.25, rtol=1e-5, atol=1e-5)
     # d = 1/2 from t, half-steps of 1/4 = 1/M, asked as d = 0: s1 = 2x + t,
     # x' = 1.5x + t/4, s2 = 2x' + t + 1/4 = 3x + 1.5t + 0.25, mean 2.5x + 1.25t + 0.125.
-    expected = 2.5 * x + 1.25 * per_row(targets.t) + 0.125
+    expected = 2.5 * x + 1.25 * toys.per_row(targets.t) + 0.125
     np.testing.assert_allclose(targets.target[half], expected[half], rtol=1e-5, atol=1e-5)
 
 
@@ -196,12 +192,12 @@ def test_the_network_learns_2d_from_half_steps_of_d_and_the_smallest_is_asked_as
 
 def test_the_second_half_step_starts_where_the_first_one_led():
     targets, boot, first, second = spied_half_steps()
-    half = per_row(targets.d[boot]) / 2
+    half = toys.per_row(targets.d[boot]) / 2
     np.testing.assert_array_equal(first[0], targets.x_t[boot])
     generated = first[0] + half * EMA(*first)
     np.testing.assert_allclose(second[0], generated, rtol=1e-6, atol=1e-6)
     # ... and not on the line through noise and data, at t + d.
-    t, x1 = per_row(targets.t[boot]), make_batch().image[boot]
+    t, x1 = toys.per_row(targets.t[boot]), make_batch().image[boot]
     x0 = (first[0] - t * x1) / (1 - t)
     interpolated = (1 - t - half) * x0 + (t + half) * x1
     assert np.abs(second[0] - interpolated).max() > 0.1
@@ -271,7 +267,7 @@ def test_scalars_are_root_mean_squares():
 def test_guidance_applies_to_the_smallest_size_only(sampling):
     # s = 1 for a label and 5 for the null label: guided by w = 3, 5 + 3 (1 - 5) = -7.
     def velocity(x, t, d, labels):
-        return jnp.zeros_like(x) + per_row(jnp.where(labels == NULL, 5.0, 1.0))
+        return jnp.zeros_like(x) + toys.per_row(jnp.where(labels == NULL, 5.0, 1.0))
 
     objective = make_objective(cfg_scale=3.0, step_size_sampling=sampling)
     targets = make_targets(objective, ema=velocity)
@@ -333,7 +329,7 @@ def test_every_row_lies_on_the_path_and_empirical_rows_regress_its_velocity(nois
     targets = make_targets(objective)
     noise = make_targets(objective, make_batch(scale=0.0))
     flow, keep = ~bootstrap_rows(objective), 1 - noise_floor
-    t, x0, x1 = per_row(targets.t), -noise.target / keep, np.asarray(make_batch().image)
+    t, x0, x1 = toys.per_row(targets.t), -noise.target / keep, np.asarray(make_batch().image)
     np.testing.assert_allclose(noise.x_t[flow], ((1 - keep * t) * x0)[flow], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(targets.x_t - noise.x_t, t * x1, atol=1e-6)
     np.testing.assert_allclose(targets.target[flow], (x1 - keep * x0)[flow], rtol=1e-5, atol=1e-6)
@@ -344,7 +340,7 @@ def test_every_row_lies_on_the_path_and_empirical_rows_regress_its_velocity(nois
 def test_noise_is_standard_normal_in_both_kinds_of_rows(noise_floor):
     objective = make_objective(noise_floor=noise_floor)
     noise = sixteen_steps(objective, scale=0.0)
-    x0 = noise.x_t / per_row(1 - (1 - noise_floor) * noise.t)
+    x0 = noise.x_t / toys.per_row(1 - (1 - noise_floor) * noise.t)
     boot = bootstrap_rows(objective, len(x0))
     for rows in (boot, ~boot):
         assert abs(x0[rows].mean()) < 0.07
@@ -357,7 +353,7 @@ def test_the_two_kinds_of_rows_share_neither_noise_nor_times():
     # The released code draws both from one key; half and half, the shapes are the same, too.
     objective = make_objective(bootstrap_fraction=0.5, reuse_images=True)
     noise = compiled_targets(objective, make_batch(scale=0.0))
-    x0 = (noise.x_t / per_row(1 - noise.t)).reshape(-1, 2, 2)
+    x0 = (noise.x_t / toys.per_row(1 - noise.t)).reshape(-1, 2, 2)
     assert abs(np.corrcoef(x0[:, 0].ravel(), x0[:, 1].ravel())[0, 1]) < 0.25
     assert abs(np.corrcoef(noise.t.reshape(-1, 2).T)[0, 1]) < 0.35
 
@@ -368,7 +364,7 @@ def test_noise_times_and_dropped_labels_are_drawn_independently():
     noise, boot = sixteen_steps(objective, scale=0.0), bootstrap_rows(objective, 16 * N)
     for kind in (boot, ~boot):
         t, dropped = noise.t[kind].reshape(16, -1), noise.labels[kind].reshape(16, -1) == NULL
-        x0 = noise.x_t[kind] / per_row(1 - noise.t[kind])
+        x0 = noise.x_t[kind] / toys.per_row(1 - noise.t[kind])
         x0 = x0.reshape(16, -1)[:, : t.shape[1]]
         correlations = np.corrcoef([t.ravel(), dropped.ravel(), x0.ravel()])
         assert np.abs(correlations - np.eye(3)).max() < 4.5 * t.size**-0.5
@@ -487,7 +483,7 @@ def test_reuse_images_gives_both_kinds_of_rows_the_first_images(fraction, image_
     targets, noise = (make_targets(objective, make_batch(scale=scale)) for scale in (1, 0))
     images = np.add.outer(np.arange(0, N, len(image_of_row)), image_of_row).ravel()
     np.testing.assert_array_equal(targets.labels, images)
-    expected = per_row(targets.t) * make_batch().image[images]
+    expected = toys.per_row(targets.t) * make_batch().image[images]
     np.testing.assert_allclose(targets.x_t - noise.x_t, expected, atol=1e-6)
 
 
