@@ -83,7 +83,9 @@ def explain(refused: str) -> str:
     if wrong_value:
         name, found, why = wrong_value[1], repr(wrong_value[2]), " ".join(wrong_value[3].split())
         kind = flags.FLAGS[name].flag_type()
-        return f"--{name}={found} is refused ({why}); expected one of type {kind}: --help explains it."
+        return (
+            f"--{name}={found} is refused ({why}); expected one of type {kind}: --help explains it."
+        )
     return (
         f"{' '.join(refused.split()).rstrip(' ?.')}; flags are written --name=value, and --help "
         "lists them."

@@ -74,7 +74,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         parts += [f"### {metric}", _table(rows)]
     parts += ["### Compute", _compute(summary["rows"])]
     for metric, rows in summary["metrics"].items():
-        parts += [f"### The paper's orderings in {metric}", _orderings(rows)]
+        parts += [f"### The paper's orderings in {metric}", _claims(rows), _orderings(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,6 +148,39 @@ def orderings(
                 sorted_pairs["within noise"].append((better, worse))
         found[steps] = sorted_pairs
     return found
+
+
+def claims(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, bool]:
+    """What the paper's table says in short, each checked beyond the noise of the seeds.
+
+    Args:
+      rows: row -> sampling steps -> values over seeds. Claims about rows that are missing are left
+        out.
+    """
+    found: dict[str, bool] = {}
+
+    def below(row: str, other: str, steps: int, factor: float = 1.0, text: str = "below") -> None:
+        name = f"at {steps} steps {row} is {text} {other}"
+        if str(steps) in rows.get(row, {}) and str(steps) in rows.get(other, {}):
+            found[name] = max(rows[row][str(steps)]) < factor * min(rows[other][str(steps)])
+
+    below("shortcut", "flow_matching", 1, 1 / 5, "below a fifth of")
+    below("shortcut", "consistency_training", 1)
+    below("shortcut", "live_reflow", 1)
+    below("shortcut", "flow_matching", 4)
+    if all("128" in rows.get(row, {}) for row in ("shortcut", "flow_matching")):
+        means = [np.mean(rows[row]["128"]) for row in ("shortcut", "flow_matching")]
+        name = "at 128 steps the mean of shortcut is within 15 % of flow_matching, or better"
+        found[name] = bool(means[0] < 1.15 * means[1])
+    below("progressive_distillation", "flow_matching", 1, 1 / 5, "below a fifth of")
+    below("flow_matching", "progressive_distillation", 128, 1 / 5, "below a fifth of")
+    return found
+
+
+def _claims(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    return "\n".join(
+        f"- {text}: {'yes' if holds else '**no**'}" for text, holds in claims(rows).items()
+    )
 
 
 def _orderings(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

@@ -96,6 +96,17 @@ def test_rows_that_were_not_run_are_left_out():
     assert [sum(map(len, kinds.values())) for kinds in found.values()] == [1, 1, 1]
 
 
+def test_claims_of_the_paper_hold_in_the_paper_and_fail_where_they_should():
+    rows = made_up_rows()
+    assert all(table1_report.claims(rows).values()) and len(table1_report.claims(rows)) == 7
+    # 20.5 is below a fifth of 280.5; worse by a factor of 3 it is above that and the other rows.
+    rows["shortcut"]["1"] = [61.5]
+    wrong = [name for name, holds in table1_report.claims(rows).items() if not holds]
+    assert len(wrong) == 3 and all(name.startswith("at 1 steps shortcut") for name in wrong)
+    rows["shortcut"]["128"] = [1.16 * 7.31]
+    assert sum(not holds for holds in table1_report.claims(rows).values()) == 4
+
+
 def test_mean_and_half_the_range():
     assert experiment.spread([1.0, 2.0, 6.0]) == "3 ± 2.5"
     assert experiment.spread([0.8249]) == "0.825"
