@@ -180,7 +180,10 @@ def curve(
     axes.set_xticks(step_counts, labels=[str(steps) for steps in step_counts])
     axes.set(xlabel="number of steps", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(finite) > 4:  # would cover the lines
+        figure.legend(loc="outside right upper")
+    else:
+        axes.legend()
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())

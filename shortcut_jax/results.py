@@ -3,6 +3,7 @@
 python -m shortcut_jax.results --tables=docs/results/digits.json --ablations=... --out=FILE.md
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -10,7 +11,11 @@ from absl import flags
 from shortcut_jax import cli
 from shortcut_jax.errors import UserError
 
-TABLES = flags.DEFINE_list("tables", [], "table1.json files, one section each.")
+TABLES = flags.DEFINE_list(
+    "tables",
+    [],
+    "table1.json files, a section each; the pictures of X.json are X_curves.png and X_samples.png.",
+)
 ABLATIONS = flags.DEFINE_list("ablations", [], "ablations.json files, one section each.")
 NOTES = flags.DEFINE_string("notes", None, "Markdown to put between the tables and the ablations.")
 OUT = flags.DEFINE_string("out", None, "Markdown file to write.", required=True)
@@ -32,7 +37,13 @@ def main() -> None:
     ]
     for path in TABLES.value:
         summary = run.read_json(Path(path), "a table1.json")
-        parts += [f"## Table 1 on {summary['data']}", table1_report.markdown(summary).strip()]
+        parts.append(f"## Table 1 on {summary['data']}")
+        for kind in ("curves", "samples"):
+            picture = Path(path).with_name(f"{Path(path).stem}_{kind}.png")
+            if picture.exists():
+                link = os.path.relpath(picture, Path(OUT.value).parent)
+                parts.append(f"![{kind}]({link})")
+        parts.append(table1_report.markdown(summary).strip())
     if NOTES.value:
         parts.append(Path(NOTES.value).read_text().strip())
     for path in ABLATIONS.value:
