@@ -42,7 +42,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Trains and evaluates what is missing, and writes the comparison."""
-    from shortcut_jax import experiment
+    from shortcut_jax import experiment, run
 
     workdir = Path(cli.workdir())
     names = ONLY.value or list(ABLATIONS)
@@ -52,13 +52,16 @@ def main() -> None:
                 f"--only={','.join(names)} holds {name}; expected some of {', '.join(ABLATIONS)}: "
                 "choose among them."
             )
+    configs = {name: config_flag.with_objective("shortcut") for name in names}
+    for name, config in configs.items():
+        config.update_from_flattened_dict(ABLATIONS[name])
+        run.check(config)  # all of them, before hours go into the first
     for seed in range(SEEDS.value):
-        for name in names:
-            config = config_flag.with_objective("shortcut")
-            config.update_from_flattened_dict({**ABLATIONS[name], "seed": seed})
+        for name, config in configs.items():
+            config.seed = seed
             facts = {"name": name, "seed": seed}
             experiment.perform(config, workdir / f"seed_{seed}" / name, facts)
-            write(workdir, experiment.results(workdir))
+            write(workdir, experiment.results(workdir, config))
     print((workdir / "ablations.md").read_text())
 
 

@@ -54,12 +54,17 @@ def split(total: float, row: ConfigDict, teacher: ConfigDict, teacher_share: flo
       teacher_share: what part of the budget a teacher gets, if the row has one.
 
     Raises:
-      UserError: the pairs alone cost what is left for the student.
+      UserError: the teacher gets nothing, or teacher and pairs leave nothing for the student.
     """
     objective = config_lib.build_objective(row, num_classes=0)
     each, teacher_each = per_update(row), per_update(teacher)
     if objective.teacher == "none":
         return Budget(math.ceil(total / each), each)
+    if not 0 < teacher_share < 1:
+        raise UserError(
+            f"--teacher_share={teacher_share} leaves nothing for the teacher or for its student; "
+            "expected a part between 0 and 1, such as 0.5: change it."
+        )
     teacher_updates = math.ceil(teacher_share * total / teacher_each)
     pairs = 0.0
     if objective.teacher == "pairs":
@@ -68,10 +73,10 @@ def split(total: float, row: ConfigDict, teacher: ConfigDict, teacher_share: flo
     left = total - teacher_updates * teacher_each - pairs
     if left < each:
         raise UserError(
-            f"making objective.num_pairs={row.objective.num_pairs} pairs in "
-            f"{row.objective.pair_steps} steps takes {pairs:,.0f} network evaluations, which "
-            f"leaves none of {total:,.0f} for the student; expected fewer pairs or a larger "
-            "total_steps: change one of them."
+            f"objective={row.objective.name} has {total:,.0f} network evaluations, of which "
+            f"{teacher_updates * teacher_each:,.0f} go to the teacher and {pairs:,.0f} to pairs, "
+            "which leaves none for the student; expected some: lower objective.num_pairs in the "
+            "config file or --teacher_share, or raise total_steps."
         )
     updates = math.ceil(left / each)
     return Budget(updates, each, teacher_updates, teacher_updates * teacher_each, pairs)

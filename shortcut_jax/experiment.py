@@ -20,7 +20,9 @@ RESULT = "result.json"  # in the workdir of an experiment that is done
 def train_once(config: ConfigDict, workdir: Path) -> None:
     """Trains to the end without evaluations on the way, or does nothing if that was done."""
     config.eval.every = 0
-    if not (workdir / run.FINISHED).exists():
+    if run.finished_step(workdir) is not None:
+        run.claim_workdir(config, workdir)  # refuses another config
+    if run.finished_step(workdir) != config.total_steps:
         logging.info("Training %s.", workdir)
         train.train(config, workdir)
 
@@ -37,8 +39,7 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
     flat = config_lib.flatten(config)
     if (workdir / RESULT).exists():
         run.claim_workdir(config, workdir)  # refuses another config
-        before = run.read_json(workdir / RESULT, "the result of an experiment")["config"]
-        if all(before[key] == flat[key] for key in flat if key.startswith("eval.")):
+        if _same_evaluation(run.read_json(workdir / RESULT, "the result of an experiment"), flat):
             return
     train_once(config, workdir)
     found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
@@ -72,6 +73,21 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} ± {(max(values) - min(values)) / 2:.2g}" if len(values) > 1 else mean
 
 
-def results(workdir: Path) -> list[dict[str, Any]]:
-    """The RESULTs in WORKDIR/seed_*/*, in the order of their paths."""
-    return [json.loads(path.read_text()) for path in sorted(workdir.glob(f"seed_*/*/{RESULT}"))]
+def results(workdir: Path, config: ConfigDict) -> list[dict[str, Any]]:
+    """The RESULTs in WORKDIR/seed_*/* that were measured as `config` says, by path.
+
+    Others are left out until they are measured again: numbers of different protocols are never in
+    one table.
+    """
+    flat = config_lib.flatten(config)
+    paths = sorted(workdir.glob(f"seed_*/*/{RESULT}"))
+    found = [run.read_json(path, "the result of an experiment") for path in paths]
+    return [result for result in found if _same_evaluation(result, flat)]
+
+
+def _same_evaluation(result: Mapping[str, Any], flat: Mapping[str, Any]) -> bool:
+    return all(
+        result["config"][key] == flat[key]
+        for key in flat
+        if key.startswith("eval.") and key != "eval.every"
+    )

@@ -224,6 +224,12 @@ def mark_finished(workdir: str | os.PathLike[str], step: int) -> None:
         write_atomically(Path(workdir) / FINISHED, json.dumps({"step": step}).encode())
 
 
+def finished_step(workdir: str | os.PathLike[str]) -> int | None:
+    """The last step of a run that has ended, or None."""
+    path = Path(workdir) / FINISHED
+    return read_json(path, "the end of a run")["step"] if path.exists() else None
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 

@@ -26,7 +26,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what each row would spend, 
 
 def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
-    from shortcut_jax import budget, experiment, objectives, run, table1_report
+    from shortcut_jax import budget, experiment, objectives, run, table1_report, validation
 
     workdir = Path(cli.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)
@@ -45,9 +45,13 @@ def main() -> None:
         for row, config in configs.items()
     }
     print(table1_report.budgets(budgets))
-    for row, config in configs.items():
+    validation.check_teacher(shortcut)  # the table trains its own
+    for row, config in configs.items():  # all of them, before hours go into the first
         config.total_steps = budgets[row].updates
-        run.check(config)  # all of them, before hours go into the first
+        run.check(config)
+        if budgets[row].teacher_updates:
+            teacher.total_steps = budgets[row].teacher_updates
+            run.check(teacher)
     if DRY_RUN.value:
         return
 
@@ -62,7 +66,7 @@ def main() -> None:
             config.seed = seed
             facts = {"name": row, "seed": seed, "budget": dataclasses.asdict(spent)}
             experiment.perform(config, folder / row, facts)
-            table1_report.write(workdir)
+            table1_report.write(workdir, config)
     print((workdir / "table1.md").read_text())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from shortcut_jax import pictures
 from shortcut_jax.budget import Budget
@@ -25,10 +26,10 @@ def budgets(found: Mapping[str, Budget]) -> str:
     return "\n".join(lines)
 
 
-def write(workdir: Path) -> None:
-    """Writes table1.json, table1.md, curves.png and samples.png from all rows that are done."""
+def write(workdir: Path, config: ConfigDict) -> None:
+    """Writes table1.{json,md}, curves.png and samples.png of rows measured as `config` says."""
     names = list(OBJECTIVES)
-    done = sorted(results(workdir), key=lambda d: (names.index(d["name"]), d["seed"]))
+    done = sorted(results(workdir, config), key=lambda d: (names.index(d["name"]), d["seed"]))
     if not done:
         return
     summary = summarise(done)
@@ -45,8 +46,9 @@ def write(workdir: Path) -> None:
 
 def summarise(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The content of table1.json from the RESULTs of the rows, ordered by row and seed."""
-    record = done[0]["records"][0]
-    protocol = {key: record[key] for key in PROTOCOL}
+    records = [record for row in done for record in row["records"]]
+    protocol: dict[str, Any] = {key: records[0][key] for key in PROTOCOL}
+    protocol["commit"] = ", ".join(dict.fromkeys(record["commit"] for record in records))
     rows: dict[str, Any] = {}
     for row in done:
         budget = Budget(**row["budget"])

@@ -166,7 +166,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
     evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
-    if objective.teacher == "pairs" and origins.teacher:
+    if objective.teacher == "pairs":
+        assert origins.teacher is not None  # `pretrained.find` has refused a config without one
         with clock.phase("pairs"):
             train_data = pairs.prepare(setup, origins.teacher, state_sharding.params, workdir)
     else:

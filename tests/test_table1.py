@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from configs import digits
-from shortcut_jax import ablations, budget, experiment, objectives, table1_report
+from configs import digits, fashion_mnist
+from shortcut_jax import ablations, budget, experiment, objectives, run, table1_report
 from shortcut_jax.errors import UserError
 from shortcut_jax.paper_results import TABLE_1
 
@@ -54,8 +54,30 @@ def test_guided_pairs_cost_two_passes_each():
 def test_pairs_beyond_the_budget_are_refused():
     row = digits.get_config("objective=reflow")
     row.objective.num_pairs = 50_000
-    with pytest.raises(UserError, match="num_pairs=50000 .* takes 6,400,000 .*fewer pairs"):
+    with pytest.raises(UserError, match="objective=reflow has .* 6,400,000 to pairs.*num_pairs"):
         budget.split(1.4e6, row, digits.get_config("objective=flow_matching"), 0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.9999])
+@pytest.mark.parametrize("name", ["progressive_distillation", "reflow"])
+def test_shares_that_leave_nothing_are_refused(name, share):
+    row, teacher = (digits.get_config(f"objective={n}") for n in (name, "flow_matching"))
+    with pytest.raises(UserError, match="leaves (nothing|none)"):
+        budget.split(10_000, row, teacher, share)
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+@pytest.mark.parametrize(
+    ("module", "variant"), [(digits, ""), (fashion_mnist, ""), (fashion_mnist, "cpu")]
+)
+def test_every_config_can_pay_for_every_row(module, variant, name):
+    def config(objective):
+        return module.get_config(f"{variant},objective={objective}")
+
+    total = config("shortcut").total_steps * budget.per_update(config("shortcut"))
+    row, teacher = config(name), config("flow_matching")
+    row.total_steps = budget.split(total, row, teacher, 0.5).updates
+    run.check(row)
 
 
 # ------------------------------------------------------------------ the comparison
@@ -193,6 +215,19 @@ def test_another_config_in_the_same_workdir_is_refused(table, run_python):
     flags = [SMALL, LONGER, f"--workdir={table[0]}", "--rows=flow_matching"]
     done = run_python(["-m", "shortcut_jax.table1", *flags, "--config.optimizer.lr=1e-3"])
     assert done.returncode == 2 and "optimizer.lr: 0.004 -> 0.001" in done.stderr
+
+
+def test_a_teacher_of_another_budget_is_refused(table, run_python):
+    flags = [SMALL, LONGER, f"--workdir={table[0]}", "--rows=progressive_distillation"]
+    done = run_python(["-m", "shortcut_jax.table1", *flags, "--teacher_share=0.4"], timeout=280)
+    assert done.returncode == 2 and "past total_steps=12" in done.stderr
+
+
+def test_rows_measured_otherwise_are_left_out(table):
+    config = digits.get_config("small")
+    assert len(experiment.results(table[0], config)) == 4
+    config.eval.num_samples = 51
+    assert experiment.results(table[0], config) == []
 
 
 def test_every_row_is_checked_before_any_is_trained(run_python, tmp_path):
