@@ -6,9 +6,7 @@ evaluation sampler over the whole mesh, so a killed run continues at the shard i
 number of devices.
 """
 
-import hashlib
 import io
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from shortcut_jax import run, sampling, sharding, state
+from shortcut_jax import manifest, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
 from shortcut_jax.objectives import build
 from shortcut_jax.pretrained import Pretrained, digest
 
@@ -55,13 +52,14 @@ def prepare(
         lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
     )
     params = teacher.params(shapes, params_sharding)
-    manifest = _manifest(setup, teacher, digest(params))
-    _claim(folder, manifest)
+    contents = _contents(setup, teacher, digest(params))
+    fix = "Use that teacher and config, or another --workdir"
+    manifest.claim(folder, contents, "pairs", "*.npy", fix)
     _make_missing(folder, setup, params, params_sharding)
-    return _open(folder, setup, manifest)
+    return _open(folder, setup, manifest.digest(contents))
 
 
-def _manifest(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict[str, Any]:
+def _contents(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict[str, Any]:
     objective = setup.config.objective
     return {
         "teacher_digest": params_digest,
@@ -75,31 +73,6 @@ def _manifest(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict
         "matrix_products": str(np.dtype(setup.network.dtype)),
         "shard_rows": SHARD_ROWS,
     }
-
-
-def _claim(folder: Path, manifest: dict[str, Any]) -> None:
-    path = folder / "manifest.json"
-    if path.exists():
-        found = run.read_json(path, "the manifest of the pairs")
-        lines = [
-            f"{key}: {found.get(key)} -> {manifest.get(key)}"
-            for key in sorted(found.keys() | manifest.keys())
-            if found.get(key) != manifest.get(key)
-        ]
-        if lines:
-            raise UserError(
-                f"{folder} holds other pairs than the config asks for (there -> asked for now): "
-                f"{'; '.join(lines)}. Use that teacher and config, or another --workdir; nothing "
-                "was changed."
-            )
-        return
-    if any(folder.glob("*.npy")):
-        raise UserError(
-            f"{folder} holds pairs but no {path.name} that says which; expected both or neither: "
-            "restore it, or remove that folder and start again, which makes them anew."
-        )
-    if jax.process_index() == 0:
-        _write(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
 
 
 def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: Any) -> None:
@@ -135,7 +108,7 @@ def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: 
         if jax.process_index() == 0:
             content = io.BytesIO()
             np.save(content, shard)
-            _write(_shard_path(folder, first), content.getvalue())
+            manifest.write(_shard_path(folder, first), content.getvalue())
         logging.info("%d of %d pairs.", first + len(shard), count)
     # Process 0 may still be writing the last shard, which the others are about to open.
     multihost_utils.sync_global_devices("pairs")
@@ -152,20 +125,8 @@ def _shard_path(folder: Path, first: int) -> Path:
     return folder / f"{first // SHARD_ROWS:05d}.npy"
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error}); expected room and permission for "
-            f"{len(content) / 2**20:.1f} MiB: make room or use another --workdir; finished files "
-            "are kept."
-        ) from error
-
-
-def _open(folder: Path, setup: run.Setup, manifest: dict[str, Any]) -> Dataset:
-    count = manifest["count"]
+def _open(folder: Path, setup: run.Setup, fingerprint: str) -> Dataset:
+    count = setup.config.objective.num_pairs
     shards = [
         _open_shard(_shard_path(folder, first), min(SHARD_ROWS, count - first), _record(setup))
         for first in range(0, count, SHARD_ROWS)
@@ -181,7 +142,7 @@ def _open(folder: Path, setup: run.Setup, manifest: dict[str, Any]) -> Dataset:
         image_shape=setup.image_shape,
         num_classes=setup.num_classes,
         size=count,
-        fingerprint=hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16],
+        fingerprint=fingerprint,
         read=read,
     )
 

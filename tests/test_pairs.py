@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import pairs, pretrained, run, sampling, sharding, state
+from shortcut_jax import manifest, pairs, pretrained, run, sampling, sharding, state
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import base
 from tests.sentences import assert_sentence, contents
@@ -205,7 +205,7 @@ def test_a_killed_run_goes_on_at_the_missing_shard(made, teacher, tmp_path, monk
         os.replace(_written(tmp_path / "whole", data), path)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pairs, "write_atomically", write)
+        patch.setattr(manifest, "write_atomically", write)
         make(teacher, tmp_path)
     folder = tmp_path / "pairs"
     finished = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -336,7 +336,7 @@ def test_a_file_in_place_of_the_folder(teacher, tmp_path):
     with pytest.raises(UserError) as error:
         make(teacher, tmp_path)
     assert_sentence(
-        str(error.value), (str(tmp_path / "pairs"), "cannot be written", "another --workdir")
+        str(error.value), (str(tmp_path / "pairs"), "cannot be written", "choose another folder")
     )
     assert (tmp_path / "pairs").read_text() == "mine"
 
@@ -347,7 +347,7 @@ def test_no_room(teacher, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(pairs, "write_atomically", write)
+    monkeypatch.setattr(manifest, "write_atomically", write)
     with pytest.raises(UserError) as error:
         make(teacher, tmp_path)
     assert_sentence(str(error.value), (SHARDS[0], "No space left", "make room", "0.0 MiB"))
