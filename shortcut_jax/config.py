@@ -81,12 +81,21 @@ def default() -> ConfigDict:
 
 
 # Keys that only the config files of some data sets add.
-OPTIONAL: dict[str, Any] = {"data.idx_dir": ""}
+OPTIONAL: dict[str, Any] = {
+    "data.idx_dir": "",  # fashion_mnist: folder of the published files
+    # The rest is for images, docs/data.md.
+    "data.builder": "",  # TFDS builder[/config][:version] prepared in data_dir, or a name of yours
+    "data.image_size": 256,  # side of the square crop, pixels
+    "data.crop": "adm",  # adm | authors
+    "data.num_classes": 1000,  # 1 = unlabelled: every label is 0
+    "data.workers": 0,  # processes that decode; 0 = threads of this process
+}
 
 # Keys that a resumed run may change: none of them decides what is trained.
 MAY_CHANGE_ON_RESUME = (
     "data.data_dir",
     "data.idx_dir",
+    "data.workers",
     "mesh",
     "checkpoint",
     "log",

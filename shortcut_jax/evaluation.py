@@ -160,7 +160,7 @@ def evaluate_checkpoint(
       UserError: data or checkpoint cannot be read.
     """
     config = setup.config
-    dataset = data.open_dataset(**run.dataset_args(config))
+    dataset = data.open_dataset(config.data)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     params, shardings = run.restore_params(setup, checkpoints, step, config.eval.params)
     logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)

@@ -48,8 +48,8 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
       UserError: the first thing in the config that is wrong.
     """
     validation.check_values(config)
-    image_shape, num_classes = data.describe(config.data.name)
-    data.check_split(config.data.name, config.data.split)
+    image_shape, num_classes = data.describe(config.data)
+    data.check_split(config.data)
     validation.validate(config, image_shape)
     return image_shape, num_classes
 
@@ -65,12 +65,6 @@ def prepare(config: ConfigDict) -> Setup:
     objective = config_lib.build_objective(config, num_classes)
     network = state.build_network(config, objective)
     return Setup(config, image_shape, num_classes, objective, network, sharding.make_mesh(*axes))
-
-
-def dataset_args(config: ConfigDict) -> dict[str, str]:
-    """Arguments of `data.open_dataset`."""
-    keys = ("name", "split", "data_dir", "idx_dir")
-    return {key: config.data[key] for key in keys if key in config.data}
 
 
 def summary(setup: Setup) -> str:
@@ -140,7 +134,8 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
             "training run: train first with python -m shortcut_jax.main, or mend the path."
         )
     trained, flat = read_config(workdir), config_lib.flatten(config)
-    used = ("model.", "objective.", "data.name")
+    sees = ("name", "builder", "image_size", "crop", "num_classes")
+    used = ("model.", "objective.", *(f"data.{key}" for key in sees))
     matters = {
         key
         for key in trained.keys() | flat.keys()
@@ -181,7 +176,7 @@ def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     try:
         config = ConfigDict({**sections.pop(""), **sections})
         validation.check_values(config)
-        validation.validate(config, data.describe(config.data.name)[0])
+        validation.validate(config, data.describe(config.data)[0])
     except (UserError, ValueError) as error:  # ValueError: keys that ConfigDict refuses
         text = str(error).rstrip(".")
         raise UserError(

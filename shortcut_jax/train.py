@@ -131,7 +131,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
-        dataset = data.open_dataset(**run.dataset_args(config))
+        dataset = data.open_dataset(config.data)
         run.claim_workdir(config, workdir)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
 
@@ -220,15 +220,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         num_steps=max(config.total_steps - first, 0),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        flip=config.data.flip and train_data is dataset,  # pairs are what the teacher made
+        # Pairs are what the teacher made: not mirrored, and decoded already.
+        flip=config.data.flip and train_data is dataset,
+        num_workers=config.data.get("workers", 0) if train_data is dataset else 0,
     )
-    with MetricLogger(
+    logger = MetricLogger(
         workdir,
         config.total_steps,
         tensorboard=config.log.tensorboard,
         write=jax.process_index() == 0,
         restart_step=start,
-    ) as logger:
+    )
+    with batches, logger:
         for step in range(first, config.total_steps + 1):
             new = step > first  # nothing is due twice after a resume
             last = step == config.total_steps

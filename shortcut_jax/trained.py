@@ -257,7 +257,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, params: str =
     config = run.restore_config(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     step = checkpoints.choose(step)
-    image_shape, num_classes = data.describe(config.data.name)
+    image_shape, num_classes = data.describe(config.data)
     objective = config_lib.build_objective(config, num_classes)
     network = state.build_network(config, objective)
     mesh = sharding.make_mesh(jax.device_count(), 1)

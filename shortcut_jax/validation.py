@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from shortcut_jax import data, metrics, objectives
 from shortcut_jax.config import OPTIONAL, build_objective, default, flatten
+from shortcut_jax.data.crops import CROPS
 from shortcut_jax.errors import UserError
 
 
@@ -122,16 +123,18 @@ _POSITIVE = (
     "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr", "optimizer.eps",
     "checkpoint.every", "checkpoint.keep", "log.every", "eval.batch_size", "eval.grid_rows",
     "objective.num_pairs", "objective.pair_steps", "objective.reflow_steps", "objective.time_std",
+    "data.image_size", "data.num_classes",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",
     "objective.cfg_scale", "objective.flow_time_grid", "objective.bootstrap_clip",
-    "objective.weight_power",
+    "objective.weight_power", "data.workers",
 )  # fmt: skip
 _IN_0_1 = ("ema_rate", "optimizer.b1", "optimizer.b2", "objective.noise_floor")  # 1 excluded
 _PROBABILITIES = ("objective.class_dropout",)
 _SEEDS = ("seed", "eval.seed")
 _CHOICES = {
+    "data.crop": tuple(CROPS),
     "model.attention_scale": ("sqrt", "linear"),
     "model.step_embedding": ("d", "log2"),
     "model.modulation_init": ("zero", "xavier"),

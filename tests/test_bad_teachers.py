@@ -31,7 +31,7 @@ class Accepted(Exception):
 def accept(monkeypatch):
     """Stops a run before it does anything."""
 
-    def open_dataset(**kwargs):
+    def open_dataset(section):
         raise Accepted
 
     monkeypatch.setattr(data, "open_dataset", open_dataset)

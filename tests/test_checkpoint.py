@@ -191,7 +191,7 @@ def test_an_array_that_is_not_there_is_refused(saved, reopen):
 @pytest.fixture
 def resumable(digits_config, tmp_path):
     """Config, meta data of a checkpoint at step 3 and the data set."""
-    dataset = data.open_dataset(**run.dataset_args(digits_config))
+    dataset = data.open_dataset(digits_config.data)
     position = run.data_position(digits_config, dataset, 3)
     meta = run.checkpoint_meta(digits_config, position, {})
     return digits_config, json.loads(json.dumps(meta)), dataset, tmp_path / "3"

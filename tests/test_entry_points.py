@@ -219,8 +219,9 @@ CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").g
 def take_one_step(monkeypatch, tmp_path):
     """take_one_step(config): trains one step on made-up images of the shape of the data set."""
 
-    def open_dataset(name, *, split, **_):
-        image_shape, num_classes = data.describe(name)
+    def open_dataset(section):
+        name, split = section["name"], section["split"]
+        image_shape, num_classes = data.describe(section)
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, (64, *image_shape), np.uint8)
         label = rng.integers(0, num_classes, 64, np.int32)
@@ -254,7 +255,7 @@ def test_every_config_takes_a_step_in_small(name, take_one_step):
 def test_every_config_fits_its_data_set(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     validation.check_values(config)
-    validation.validate(config, data.describe(config.data.name)[0])
+    validation.validate(config, data.describe(config.data)[0])
 
 
 @pytest.mark.parametrize(

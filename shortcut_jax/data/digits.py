@@ -1,6 +1,8 @@
 """scikit-learn's digits: 1,797 grey images of 8x8 pixels, for tests and first runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -44,12 +46,12 @@ def select_test_rows(labels: np.ndarray) -> np.ndarray:
     return selected
 
 
-def open_split(name: str, split: str, data_dir: Path, idx_dir: str) -> sources.Dataset:
-    """Opens digits, preparing it on first use; `idx_dir` plays no part.
+def open_split(section: Mapping[str, Any], data_dir: Path) -> sources.Dataset:
+    """Opens digits, preparing it on first use.
 
     Raises:
       UserError: `data_dir` cannot be written.
     """
-    del idx_dir
     builder = sources.prepare(Digits, data_dir)
-    return sources.in_memory(name, split, sources.load_split(builder, split), builder)
+    rows = sources.load_split(builder, section["split"])
+    return sources.in_memory(section["name"], section["split"], rows, builder)

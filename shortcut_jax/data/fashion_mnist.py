@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,23 @@ def pad(images: np.ndarray) -> np.ndarray:
     return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
 
 
-def open_split(name: str, split: str, data_dir: Path, idx_dir: str) -> sources.Dataset:
+def open_split(section: Mapping[str, Any], data_dir: Path) -> sources.Dataset:
     """Opens Fashion-MNIST, preparing it on first use.
 
     Args:
-      idx_dir: folder of the idx files; "" for the one of Debian's package. Read only when
-        `data_dir` has no prepared copy.
+      section: its idx_dir is the folder of the idx files; "" or absent for the one of Debian's
+        package. Read only when `data_dir` has no prepared copy.
+      data_dir: folder of prepared data.
 
     Raises:
       UserError: the idx files are needed and something is wrong with them, or `data_dir` cannot be
         written.
     """
-    make_builder = functools.partial(FashionMnistIdx, idx_dir=idx_dir or IDX_DIR)
+    make_builder = functools.partial(FashionMnistIdx, idx_dir=section.get("idx_dir") or IDX_DIR)
     builder = _prepared_by_tfds(data_dir) or sources.prepare(make_builder, data_dir)
-    rows = sources.load_split(builder, split)
-    return sources.in_memory(name, split, {**rows, "image": pad(rows["image"])}, builder)
+    rows = sources.load_split(builder, section["split"])
+    rows["image"] = pad(rows["image"])
+    return sources.in_memory(section["name"], section["split"], rows, builder)
 
 
 def _prepared_by_tfds(data_dir: Path) -> tfds.core.DatasetBuilder | None:

@@ -5,18 +5,48 @@ permutation of the N rows that belongs to epoch k // N. Which image that is depe
 number of processes nor on where a run was interrupted: the only state to save is the step.
 """
 
+import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import TracebackType
 
 import grain
 import numpy as np
 
 from shortcut_jax.data.sources import Dataset
+from shortcut_jax.data.workers import Workers
 from shortcut_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+    """The batches of a run in order; `close` (or leaving its `with`) ends threads and processes."""
+
+    def __init__(self, iterator: grain.DatasetIterator[Batch], workers: Workers | None) -> None:
+        self._iterator, self._workers = iterator, workers
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Stops making batches."""
+        self._iterator.close()
+        if self._workers is not None:
+            self._workers.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def random_bits(seed: int, stream: str, index: int, count: int) -> np.ndarray:
@@ -51,24 +81,32 @@ def batches(
     flip: bool = False,
     num_threads: int = 2,
     prefetch: int = 8,
-) -> grain.DatasetIterator[Batch]:
+    num_workers: int = 0,
+) -> Batches:
     """Iterates over this process's rows of the batches start_step .. start_step + num_steps - 1.
 
     Process p of P owns the contiguous rows [p * b, (p + 1) * b), b = batch_size / P, of every
     global batch. Batches are made ahead of time in threads; `close()` stops them early.
 
+    With worker processes a thread has its rows read by one of them, so order and values are those
+    of threads alone. (grain's own `mp_prefetch` deals steps to processes too, but its processes
+    outlive a killed main process, and it wants absl's flags parsed.)
+
     Args:
       batch_size: rows of the global batch.
       flip: mirror each row left-right with probability 1/2.
       num_threads: threads that make batches; 0 makes each when it is asked for.
-      prefetch: batches made ahead.
+      prefetch: batches made ahead; at least one per worker process.
+      num_workers: processes that read and decode; 0 reads in the threads. Others than 0 need a data
+        set whose `read` can be pickled.
 
     Returns:
       Iterator of {"image": float32 [b, H, W, C], pixels in -1..1, "label": int32 [b]}, and whatever
       else the data set has.
 
     Raises:
-      UserError: batch_size is not a positive multiple of process_count.
+      UserError: batch_size is not a positive multiple of process_count. `next` raises what reading
+        raises, in a worker process too.
     """
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
@@ -78,6 +116,12 @@ def batches(
     share = batch_size // process_count
     owned = np.arange(process_index * share, (process_index + 1) * share)
     epoch_order = _cached_order(seed, dataset.size)
+    workers = None
+    if num_workers:
+        workers = Workers(dataset.read, num_workers, "data.workers")
+        dataset = dataclasses.replace(dataset, read=workers)
+        # A thread for each process, which it keeps busy.
+        num_threads, prefetch = max(num_threads, num_workers), max(prefetch, num_workers)
 
     def make_batch(step: int) -> Batch:
         indices = _row_indices(step * batch_size + owned, dataset.size, epoch_order)
@@ -91,7 +135,7 @@ def batches(
         return {"image": image, **rows}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+    return Batches(iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))), workers)
 
 
 def _row_indices(

@@ -177,8 +177,10 @@ def train(name: str, output: Path, data_dir: str = "", seed: int = 0) -> dict[st
         UserError: the data set cannot be opened.
     """
     recipe = RECIPES[name]
-    dataset = open_dataset(recipe.dataset, split=recipe.train_split, data_dir=data_dir)
-    test_set = open_dataset(recipe.dataset, split=recipe.test_split, data_dir=data_dir)
+    dataset, test_set = (
+        open_dataset({"name": recipe.dataset, "split": split, "data_dir": data_dir})
+        for split in (recipe.train_split, recipe.test_split)
+    )
     params, training = recipe.fit(make_network(recipe.architecture), dataset, seed)
 
     weights = _npz_bytes(params)

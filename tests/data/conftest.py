@@ -13,7 +13,7 @@ from shortcut_jax.data.sources import Dataset
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory in which digits is prepared."""
     data_dir = tmp_path_factory.mktemp("tfds")
-    open_dataset("digits", split="train", data_dir=str(data_dir))
+    open_dataset(dict(name="digits", split="train", data_dir=str(data_dir)))
     return data_dir
 
 

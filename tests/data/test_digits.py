@@ -11,7 +11,7 @@ from shortcut_jax.data.digits import select_test_rows
 @pytest.fixture
 def splits(digits_dir):
     return {
-        split: open_dataset("digits", split=split, data_dir=str(digits_dir))
+        split: open_dataset(dict(name="digits", split=split, data_dir=str(digits_dir)))
         for split in ("train", "test", "train+test")
     }
 
@@ -49,7 +49,7 @@ def test_every_class_is_split_alike(splits):
 
 
 def test_reopening_gives_the_same_fingerprint(splits, tmp_path):
-    again = open_dataset("digits", split="train+test", data_dir=str(tmp_path))
+    again = open_dataset(dict(name="digits", split="train+test", data_dir=str(tmp_path)))
     # The value itself, since checkpoints remember it.
     assert again.fingerprint == splits["train+test"].fingerprint == "725116d5af2f8b52"
     assert len({dataset.fingerprint for dataset in splits.values()}) == 3

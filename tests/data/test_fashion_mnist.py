@@ -52,9 +52,8 @@ def idx_dir(tmp_path, monkeypatch, arrays):
 
 
 def open_rows(data_dir: Path, idx_dir: Path, split: str = "train"):
-    dataset = open_dataset(
-        "fashion_mnist", split=split, data_dir=str(data_dir), idx_dir=str(idx_dir)
-    )
+    section = {"name": "fashion_mnist", "split": split, "data_dir": str(data_dir)}
+    dataset = open_dataset({**section, "idx_dir": str(idx_dir)})
     return dataset.rows(np.arange(dataset.size))
 
 

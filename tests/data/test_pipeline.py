@@ -141,7 +141,7 @@ def test_values_are_scaled_to_minus_one_and_one(make_toy):
 
 
 def test_reading_leaves_the_data_set_as_it_was(digits_dir):
-    dataset = open_dataset("digits", split="train+test", data_dir=str(digits_dir))
+    dataset = open_dataset(dict(name="digits", split="train+test", data_dir=str(digits_dir)))
     before = dataset.rows(np.arange(dataset.size))
     batch = collect(dataset, batch_size=64, seed=0, start_step=0, num_steps=5, flip=True)
     assert batch["image"].shape == (320, 8, 8, 1)
@@ -221,7 +221,7 @@ def test_process_exits_with_an_unfinished_iterator(digits_dir):
     script = f"""
 from shortcut_jax.data import open_dataset
 from shortcut_jax.data.pipeline import batches
-dataset = open_dataset("digits", split="train", data_dir={str(digits_dir)!r})
+dataset = open_dataset(dict(name="digits", split="train", data_dir={str(digits_dir)!r}))
 kept = batches(dataset, batch_size=64, seed=0, start_step=0, num_steps=10**9)
 dropped = batches(dataset, batch_size=64, seed=0, start_step=0, num_steps=10**9)
 next(kept), next(dropped)

@@ -29,7 +29,7 @@ def on_disk(digits_dir):
 
 
 def test_on_disk_and_in_memory_give_the_same_rows(digits_dir, on_disk):
-    in_memory = open_dataset("digits", split="train", data_dir=str(digits_dir))
+    in_memory = open_dataset(dict(name="digits", split="train", data_dir=str(digits_dir)))
     indices = np.array([5, 0, 1441, 5])
     for key in ("image", "label"):
         a, b = on_disk.rows(indices)[key], in_memory.rows(indices)[key]
@@ -86,11 +86,13 @@ def test_fingerprint_tells_contents_apart(on_disk, digits_dir):
 )
 def test_killed_while_preparing_then_opened_again(tmp_path, kill_at):
     imports = "import os, signal\nfrom shortcut_jax.data import open_dataset, sources\n"
-    opening = f'\nopen_dataset("digits", split="train", data_dir={str(tmp_path)!r})\n'
+    opening = f'\nopen_dataset(dict(name="digits", split="train", data_dir={str(tmp_path)!r}))\n'
     killed = start(imports + textwrap.dedent(kill_at) + opening)
     assert killed.wait(timeout=60) == -signal.SIGKILL
     assert [path.name[:18] for path in tmp_path.iterdir()] == ["incomplete.digits."]
-    assert open_dataset("digits", split="train+test", data_dir=str(tmp_path)).size == 1797
+    assert (
+        open_dataset(dict(name="digits", split="train+test", data_dir=str(tmp_path))).size == 1797
+    )
 
 
 def test_processes_that_finish_at_the_same_time(tmp_path):
@@ -109,7 +111,7 @@ def test_processes_that_finish_at_the_same_time(tmp_path):
                 time.sleep(0.01)
         sources._generate = generate_and_wait
         data_dir = {str(tmp_path / "tfds")!r}
-        print(open_dataset("digits", split="train", data_dir=data_dir).fingerprint)
+        print(open_dataset(dict(name="digits", split="train", data_dir=data_dir)).fingerprint)
     """
     (tmp_path / "meeting").mkdir()
     processes = [start(script, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -125,29 +127,29 @@ def test_prepared_data_are_only_read(digits_dir, monkeypatch):
 
     monkeypatch.setattr(sources.tempfile, "TemporaryDirectory", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
-    assert open_dataset("digits", split="test", data_dir=str(digits_dir)).size == 355
+    assert open_dataset(dict(name="digits", split="test", data_dir=str(digits_dir))).size == 355
 
 
 def test_preparing_is_silent(tmp_path, capfd):
-    open_dataset("digits", split="test", data_dir=str(tmp_path))
+    open_dataset(dict(name="digits", split="test", data_dir=str(tmp_path)))
     assert tuple(capfd.readouterr()) == ("", "")
 
 
 def test_data_dir_that_is_not_a_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.data_dir=.*file/data .*set it"):
-        open_dataset("digits", split="train", data_dir=str(tmp_path / "file" / "data"))
+        open_dataset(dict(name="digits", split="train", data_dir=str(tmp_path / "file" / "data")))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_data_dir_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="data_dir=.*Permission denied"):
-        open_dataset("digits", split="train", data_dir=str(tmp_path))
+        open_dataset(dict(name="digits", split="train", data_dir=str(tmp_path)))
 
 
 def test_something_else_in_the_place_of_the_data(tmp_path):
     (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
     (tmp_path / "digits" / "1.0.0" / "notes.txt").touch()
     with pytest.raises(UserError, match="digits cannot be written to data.data_dir=.*not empty"):
-        open_dataset("digits", split="train", data_dir=str(tmp_path))
+        open_dataset(dict(name="digits", split="train", data_dir=str(tmp_path)))

@@ -12,7 +12,9 @@ def digits(tmp_path_factory):
     """Split -> the opened digits data set, prepared once."""
     data_dir = str(tmp_path_factory.mktemp("metrics_data"))
     splits = ("train", "test", "train+test")
-    return {split: open_dataset("digits", split=split, data_dir=data_dir) for split in splits}
+    return {
+        split: open_dataset(dict(name="digits", split=split, data_dir=data_dir)) for split in splits
+    }
 
 
 @pytest.fixture(scope="session")

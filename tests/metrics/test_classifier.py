@@ -68,7 +68,7 @@ def test_recorded_accuracy_on_digits_is_reproduced(name, at_least, held_out, dig
 def test_recorded_accuracy_on_fashion_mnist_is_reproduced(tmp_path):
     extractor = load_extractor("fd_fashion_mnist")
     recorded = extractor.info["test"]
-    dataset = open_dataset("fashion_mnist", split="test", data_dir=str(tmp_path))
+    dataset = open_dataset(dict(name="fashion_mnist", split="test", data_dir=str(tmp_path)))
     assert recorded["split"] == "test"
     assert recorded["fingerprint"] == dataset.fingerprint
     # Logits that tie within rounding may fall either way on another machine.

@@ -48,7 +48,7 @@ def main(out: Path, specs: list[str]) -> None:
     config.eval.update(num_samples=NUM_SAMPLES, metrics=("fd_digits_mlp64",))
     config.mesh.update(data=-1, fsdp=1)
     prepared = run.prepare(config)
-    dataset = data.open_dataset(**run.dataset_args(config))
+    dataset = data.open_dataset(config.data)
     params = make_params(prepared)
     for spec in specs:
         data_axis, fsdp_axis, config.eval.batch_size = map(int, spec.split(","))
