@@ -25,6 +25,7 @@ setup(
         "optax>=0.2.5",  # AdamW and learning-rate schedules
         "orbax-checkpoint>=0.12.8,<0.13",  # asynchronous sharded checkpoints; 0.x as above
         "pillow>=10",  # decodes images, writes sample grids
+        "safetensors>=0.5",  # reads published weight files; no PyTorch needed, runs no code
         "scikit-learn>=1.5",  # ships the digits data set: a real run without any download
         "tensorboard>=2.18",  # event files written and read without TensorFlow
         "tensorflow-datasets>=4.9.10",  # data sets as random-access sources (works without TF)
@@ -34,8 +35,12 @@ setup(
         "tpu": ["jax[tpu]"],  # libtpu
         "cuda": ["jax[cuda12]"],  # CUDA 12: offered by jax 0.10 to 0.12, and runs on older drivers
         "convert": [
-            "safetensors>=0.5",  # weight files as arrays, no PyTorch needed to read them
             "torch>=2.2",  # opens PyTorch's own pickled weight files; nothing else uses it
+        ],
+        # Makes golden outputs (tests/golden/make_*.py); the tests read them and need neither.
+        "parity": [
+            "diffusers>=0.30",  # its AutoencoderKL is what ours must equal
+            "torch>=2.2",  # runs it
         ],
         "test": [
             "hypothesis>=6.100",  # properties over many shapes and values
@@ -45,7 +50,6 @@ setup(
             "pytest-timeout>=2.3",  # a hanging test fails instead of hanging the run
             "pytest-xdist>=3.6",  # `-n`
             "ruff>=0.8",  # lint and format
-            "safetensors>=0.5",  # tiny weight files for the tests of the converters
         ],
     },
 )

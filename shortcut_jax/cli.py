@@ -59,10 +59,17 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses plain flags; a wrong one ends the process."""
+def parse_flags(argv: Sequence[str], positional: str = "") -> list[str]:
+    """Parses plain flags; a wrong one ends the process.
+
+    Args:
+      argv: what was typed.
+      positional: name of a flag that one argument without `--name=` sets.
+    """
     try:
         rest = flags.FLAGS(argv)
+        if positional and len(rest) == 2:
+            flags.FLAGS[positional].parse(rest.pop())
         refuse_rest(rest)
         return rest
     except UserError as error:

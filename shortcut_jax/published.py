@@ -1,0 +1,159 @@
+"""Published weight files, and fetching them: no other bytes are accepted than were published."""
+
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from shortcut_jax.errors import UserError
+
+CHUNK = 2**20  # bytes
+TIMEOUT = 60  # seconds without a byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file somebody published.
+
+    Attributes:
+      url: https address of one revision, whose bytes do not change.
+      sha256: of the file.
+      size: bytes; 0 if unknown.
+    """
+
+    url: str
+    sha256: str
+    size: int
+
+
+# sha256 and size as https://huggingface.co/stabilityai/NAME shows them for this revision.
+PUBLISHED = {
+    "sd-vae-ft-mse": Published(
+        "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/"
+        "31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        334_643_276,
+    ),
+    "sd-vae-ft-ema": Published(
+        "https://huggingface.co/stabilityai/sd-vae-ft-ema/resolve/"
+        "f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors",
+        "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
+        334_643_276,
+    ),
+}
+
+# (request with url and headers, timeout=seconds) -> response, a context manager with `read`.
+Open = Callable[..., Any]
+
+
+def fetch(published: Published, out: Path, open_url: Open | None = None) -> None:
+    """Makes `out` the published file, unless it is that already.
+
+    Args:
+      published: what to download.
+      out: file to write; its folder exists.
+      open_url: as `urllib.request.urlopen`, by which it can be replaced in tests.
+
+    Raises:
+      UserError: `out` is another file, the address cannot be reached, the disk is full, or other
+        bytes arrive than were published. `out` is then as it was.
+    """
+    if out.exists():
+        if not out.is_file() or sha256_of(out) != published.sha256:
+            raise UserError(
+                f"--out={out} exists and is not the file with sha256 {published.sha256}; nothing "
+                "was overwritten: name another file, or remove that one."
+            )
+        return
+    part = out.with_name(out.name + ".part")
+    try:
+        with part.open("ab") as file:
+            _lock(file, part)
+            _transfer(published, file, open_url or _opener().open)
+            file.flush()
+            os.fsync(file.fileno())
+            found = sha256_of(part)
+            if found != published.sha256:
+                part.unlink()
+                raise UserError(
+                    f"{published.url} gave a file with sha256 {found}, expected "
+                    f"{published.sha256}; it was removed: try again, or get the file elsewhere and "
+                    "pass its path."
+                )
+            os.replace(part, out)
+    except (OSError, http.client.HTTPException) as error:
+        if part.is_file() and not part.stat().st_size:
+            part.unlink()
+        raise UserError(
+            f"{published.url} cannot be downloaded to {out} ({error}); expected a connection to it "
+            f"and {published.size / 1e6:.0f} MB of room: mend that and run the same command, which "
+            f"goes on from {part.name}, give a mirror as --url, or copy the file from elsewhere."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lock(file: Any, part: Path) -> None:
+    # A second process would append to the first one's file, even after it was checked.
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{part} is being written by another process; expected to be alone: wait for it, or "
+            "name another --out."
+        ) from error
+
+
+def _transfer(published: Published, file: Any, open_url: Open) -> None:
+    """Appends to `file` what it lacks."""
+    have = file.tell()
+    headers = {"User-Agent": "shortcut_jax", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        response = open_url(urllib.request.Request(published.url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if have and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # nothing is left to send: the hash tells whether it is the file
+        raise
+    with response:
+        if have and response.status != http.client.PARTIAL_CONTENT:
+            file.truncate(0)  # the server sends the whole file again
+            have = 0
+        total = have + int(response.headers.get("Content-Length", published.size - have))
+        if published.size and total != published.size:
+            raise ConnectionError(f"it has {total} bytes, expected {published.size}")
+        logged = 0
+        while chunk := response.read(CHUNK):
+            file.write(chunk)
+            have += len(chunk)
+            if total and 10 * have // total > logged:
+                logged = 10 * have // total
+                logging.info("%.1f of %.1f MB.", have / 1e6, total / 1e6)
+    if have < total:
+        raise ConnectionError(f"the connection ended after {have} of {total} bytes")
+
+
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https addresses only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        if not newurl.startswith("https://"):
+            raise urllib.error.URLError(f"it redirects to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_HttpsRedirects)
