@@ -68,7 +68,7 @@ def main() -> None:
 def write(workdir: Path, done: Sequence[Mapping[str, Any]]) -> None:
     """Writes ablations.json and ablations.md."""
     from shortcut_jax import experiment
-    from shortcut_jax.logs import write_atomically
+    from shortcut_jax.files import write_atomically
 
     summary = {
         "data": done[0]["config"]["data.name"],

@@ -89,6 +89,11 @@ OPTIONAL: dict[str, Any] = {
     "data.crop": "adm",  # adm | authors
     "data.num_classes": 1000,  # 1 = unlabelled: every label is 0
     "data.workers": 0,  # processes that decode; 0 = threads of this process
+    "data.latents": "",  # folder made by shortcut_jax.cache_latents; "" encodes every batch
+    # With this section the network works on latents, docs/latents.md.
+    "autoencoder.kind": "sd",  # sd | tiny (for tests)
+    "autoencoder.weights": "",  # path of diffusion_pytorch_model.safetensors, or "random"
+    "autoencoder.scale": 0.18215,  # latents times this have variance about 1
 }
 
 # Keys that a resumed run may change: none of them decides what is trained.
@@ -96,6 +101,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.data_dir",
     "data.idx_dir",
     "data.workers",
+    "data.latents",
+    "autoencoder.weights",  # the same file may lie elsewhere; a checkpoint knows its sha256
     "mesh",
     "checkpoint",
     "log",

@@ -49,12 +49,12 @@ def main() -> None:
         save_samples(samples, found)
     folder = evaluation.report(workdir, found.first_rows(config.eval.grid_rows))
     if folder is not None:
-        print(evaluation.table(found.records))
-        print(
-            f"\nsamples   {folder / 'samples.png'}   rows: the same noise, columns: sampling steps"
-        )
-        print(f"curve     {folder / 'curve.png'}   distance against sampling steps")
-        print(f"results   {folder.parent / 'results.jsonl'}   every number with its protocol")
+        if found.records:
+            print(evaluation.table(found.records), end="\n\n")
+        print(f"samples   {folder / 'samples.png'}   rows: the same noise, columns: sampling steps")
+        if found.records:
+            print(f"curve     {folder / 'curve.png'}   distance against sampling steps")
+            print(f"results   {folder.parent / 'results.jsonl'}   every number with its protocol")
 
 
 def save_samples(path: Path, found) -> None:

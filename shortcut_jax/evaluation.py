@@ -18,7 +18,8 @@ from absl import logging
 
 from shortcut_jax import checkpoint, data, metrics, pictures, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset
-from shortcut_jax.logs import MetricLogger, write_atomically
+from shortcut_jax.files import write_atomically
+from shortcut_jax.logs import MetricLogger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Evaluator:
 
     Args:
       setup: from `run.prepare`.
-      dataset: the reference: all rows of the split that is trained on.
+      images: the reference, all rows of the split that is trained on; None if nothing is measured.
       params_sharding: tree of shardings of the parameters.
     """
 
-    def __init__(self, setup: run.Setup, dataset: Dataset, params_sharding: Any):
+    def __init__(self, setup: run.Setup, images: Dataset | None, params_sharding: Any):
         self._setup = setup
-        self._dataset = dataset
+        self._images = images
         self._sample = sampling.make_sampler(
             setup.objective,
             state.apply_fn(setup.network),
@@ -99,7 +100,8 @@ class Evaluator:
             # The last batch is sampled whole and cut: every program has one shape.
             images, labels = self._sample(params, np.arange(first, first + size), num_steps)
             n = min(size, total - first)
-            yield sampling.to_uint8(sharding.to_host(images)[:n]), sharding.to_host(labels)[:n]
+            pixels = sharding.to_host(self._setup.space.decode(images))[:n]
+            yield sampling.to_uint8(pixels), sharding.to_host(labels)[:n]
 
     def _reference(self, name: str) -> metrics.Stats:
         if name not in self._references:
@@ -110,6 +112,11 @@ class Evaluator:
                 moments.update(self._extractors[name].features(rows["image"]))
             self._references[name] = metrics.Stats(moments.mean, moments.cov)
         return self._references[name]
+
+    @property
+    def _dataset(self) -> Dataset:
+        assert self._images is not None  # because there are metrics
+        return self._images
 
     def _record(self, name: str, value: float, step: int, num_steps: int) -> dict[str, Any]:
         setup, config, reference = self._setup, self._setup.config, self._reference(name)
@@ -127,6 +134,7 @@ class Evaluator:
             "guided": setup.objective.guided(num_steps) and config.objective.cfg_scale != 1.0,
             "labels": "uniform",
             "seed": config.eval.seed,
+            **setup.space.record(),
             "quantisation": "uint8, (x+1)*127.5 rounded",
             "resize": "none",
             "extractor_sha256": self._extractors[name].sha256,
@@ -160,11 +168,11 @@ def evaluate_checkpoint(
       UserError: data or checkpoint cannot be read.
     """
     config = setup.config
-    dataset = data.open_dataset(config.data)
+    images = data.open_dataset(config.data) if config.eval.metrics else None
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     params, shardings = run.restore_params(setup, checkpoints, step, config.eval.params)
     logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
-    return Evaluator(setup, dataset, shardings).run(params, step, config.eval.steps, keep)
+    return Evaluator(setup, images, shardings).run(params, step, config.eval.steps, keep)
 
 
 def report(
@@ -187,7 +195,8 @@ def report(
     points: dict[str, list[tuple[int, float]]] = {}
     for record in found.records:
         points.setdefault(record["metric"], []).append((record["sampling_steps"], record["value"]))
-    pictures.curve(points, folder / "curve.png", "distance", f"step {found.step:,}")
+    if points:
+        pictures.curve(points, folder / "curve.png", "distance", f"step {found.step:,}")
     for record in found.records:
         logging.info(
             "%s at step %d, %d sampling steps, %d samples: %.4f",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
 from shortcut_jax import evaluation, run, train
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import read_json, write_atomically
 
 RESULT = "result.json"  # in the workdir of an experiment that is done
 
@@ -39,7 +39,7 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
     flat = config_lib.flatten(config)
     if (workdir / RESULT).exists():
         run.claim_workdir(config, workdir)  # refuses another config
-        if _same_evaluation(run.read_json(workdir / RESULT, "the result of an experiment"), flat):
+        if _same_evaluation(read_json(workdir / RESULT, "the result of an experiment"), flat):
             return
     train_once(config, workdir)
     found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
@@ -81,7 +81,7 @@ def results(workdir: Path, config: ConfigDict) -> list[dict[str, Any]]:
     """
     flat = config_lib.flatten(config)
     paths = sorted(workdir.glob(f"seed_*/*/{RESULT}"))
-    found = [run.read_json(path, "the result of an experiment") for path in paths]
+    found = [read_json(path, "the result of an experiment") for path in paths]
     return [result for result in found if _same_evaluation(result, flat)]
 
 

@@ -15,21 +15,10 @@ import numpy as np
 from absl import logging
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import write_atomically
 
 # Scalars in the progress line; all of them are in metrics.jsonl.
 HEADLINE = ("loss", "loss/empirical", "bootstrap_target_rms", "grad_norm")
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes the file whole or not at all: a kill leaves the old content, never half of the new."""
-    path = Path(path)
-    # Of this process: two that write the same file must not take each other's away.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class JsonLines:

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
-from shortcut_jax.run import read_json
+from shortcut_jax.files import read_json, write_atomically
 
 NAME = "manifest.json"
 

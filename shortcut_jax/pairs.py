@@ -29,7 +29,6 @@ SCOPE = "pairs"  # of the random streams: these noises are never those of an eva
 def prepare(
     setup: run.Setup,
     teacher: Pretrained,
-    params_sharding: Any,
     workdir: str | os.PathLike[str],
 ) -> Dataset:
     """Opens the pairs of a run, making those that are missing.
@@ -38,7 +37,6 @@ def prepare(
       setup: of a run whose objective learns from pairs: `num_pairs` of them, in `pair_steps` Euler
         steps, guided by `cfg_scale`.
       teacher: the velocity model that makes them.
-      params_sharding: tree of shardings of its parameters.
       workdir: of the run.
 
     Returns:
@@ -51,6 +49,7 @@ def prepare(
     shapes = jax.eval_shape(
         lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
     )
+    params_sharding = sharding.shard_tree(shapes, setup.mesh)
     params = teacher.params(shapes, params_sharding)
     contents = _contents(setup, teacher, digest(params))
     fix = "Use that teacher and config, or another --workdir"
@@ -144,6 +143,7 @@ def _open(folder: Path, setup: run.Setup, fingerprint: str) -> Dataset:
         size=count,
         fingerprint=fingerprint,
         read=read,
+        holds="samples",
     )
 
 

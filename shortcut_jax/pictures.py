@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import write_atomically
 
 LABEL_HEIGHT = 16  # pixels above the samples for the step counts
 GAP = 2  # pixels between samples

@@ -23,8 +23,8 @@ OUT = flags.DEFINE_string("out", None, "Markdown file to write.", required=True)
 
 def main() -> None:
     """Writes the page."""
-    from shortcut_jax import ablations, run, table1_report
-    from shortcut_jax.logs import write_atomically
+    from shortcut_jax import ablations, table1_report
+    from shortcut_jax.files import read_json, write_atomically
 
     if not TABLES.value + ABLATIONS.value:
         raise UserError("--tables and --ablations are empty; give the JSON files to show.")
@@ -36,7 +36,7 @@ def main() -> None:
         f"{' '.join(command)} --out={OUT.value}`.",
     ]
     for path in TABLES.value:
-        summary = run.read_json(Path(path), "a table1.json")
+        summary = read_json(Path(path), "a table1.json")
         parts.append(f"## Table 1 on {summary['data']}")
         for kind in ("curves", "samples"):
             picture = Path(path).with_name(f"{Path(path).stem}_{kind}.png")
@@ -47,7 +47,7 @@ def main() -> None:
     if NOTES.value:
         parts.append(Path(NOTES.value).read_text().strip())
     for path in ABLATIONS.value:
-        summary = run.read_json(Path(path), "an ablations.json")
+        summary = read_json(Path(path), "an ablations.json")
         parts += [f"## Ablations on {summary['data']}", ablations.markdown(summary).strip()]
     write_atomically(Path(OUT.value), ("\n\n".join(parts) + "\n").encode())
     print(f"Wrote {OUT.value}.")

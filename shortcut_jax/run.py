@@ -15,11 +15,11 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, data, sharding, state, validation
+from shortcut_jax import checkpoint, data, latent_cache, sharding, spaces, state, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import read_json, write_atomically
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
@@ -31,18 +31,19 @@ class Setup:
     """What training and evaluation both start from."""
 
     config: ConfigDict
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # of what the network sees: images, or latents of them
     num_classes: int
     objective: Objective
     network: DiT
     mesh: Mesh
+    space: spaces.Space
 
 
 def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     """Checks all of a config that can be known without starting a back end.
 
     Returns:
-      (H, W, C) of the images, and the number of classes.
+      (H, W, C) of what the network sees, and the number of classes.
 
     Raises:
       UserError: the first thing in the config that is wrong.
@@ -51,7 +52,7 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     image_shape, num_classes = data.describe(config.data)
     data.check_split(config.data)
     validation.validate(config, image_shape)
-    return image_shape, num_classes
+    return spaces.shape(config, image_shape), num_classes
 
 
 def prepare(config: ConfigDict) -> Setup:
@@ -60,11 +61,38 @@ def prepare(config: ConfigDict) -> Setup:
     Raises:
       UserError: the first thing in the config that is wrong.
     """
+    check(config)
+    return build(config, sharding.make_mesh(*validation.check_devices(config, jax.device_count())))
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Setup:
+    """The parts of a valid config on a mesh that may be another than the config's."""
     image_shape, num_classes = check(config)
-    axes = validation.check_devices(config, jax.device_count())
     objective = config_lib.build_objective(config, num_classes)
-    network = state.build_network(config, objective)
-    return Setup(config, image_shape, num_classes, objective, network, sharding.make_mesh(*axes))
+    network, space = state.build_network(config, objective), spaces.build(config, mesh)
+    return Setup(config, image_shape, num_classes, objective, network, mesh, space)
+
+
+def open_data(setup: Setup) -> tuple[Dataset, Dataset | None]:
+    """Opens what a run reads.
+
+    Returns:
+      What batches are made of, images or the latents that the config names; and the images that
+      samples are compared with, None if the run measures nothing.
+
+    Raises:
+      UserError: they cannot be read, or are not what the config says.
+    """
+    config, space = setup.config, setup.space
+    measures = bool(config.eval.every and config.eval.metrics)
+    latents = config.data.get("latents", "")
+    images = data.open_dataset(config.data) if measures or not latents else None
+    if isinstance(space, spaces.Latents) and latents:
+        wanted = latent_cache.describe(config.data, config.autoencoder, space.sha256)
+        cache = latent_cache.open_cache(Path(latents), wanted, setup.num_classes)
+        return cache, images
+    assert images is not None
+    return space.identify(images), images if measures else None
 
 
 def summary(setup: Setup) -> str:
@@ -76,7 +104,7 @@ def summary(setup: Setup) -> str:
     lines = [f"{key} = {value!r}" for key, value in sorted(config_lib.flatten(config).items())]
     lines += [
         "",
-        f"images               {setup.image_shape}, {setup.num_classes} classes",
+        f"the network sees     {setup.image_shape}, {setup.num_classes} classes",
         f"parameters           {state.count(params):,}",
         f"matrix products in   {setup.network.dtype}",
         f"mesh                 {dict(mesh.shape)} on {mesh.size} {jax.default_backend()} device(s)",
@@ -184,24 +212,6 @@ def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
             "what its training wrote: restore that, or use the version that trained it."
         ) from error
     return config.lock()
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-      UserError: it cannot be read; `what` says what it should be.
-    """
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-        return found
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON ({error}); expected {what}: restore it, or use "
-            "another --workdir."
-        ) from error
 
 
 def _refuse_differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:

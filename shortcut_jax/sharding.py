@@ -24,6 +24,13 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+def local_mesh() -> Mesh:
+    """A mesh over the devices of this process, for work that processes do by themselves."""
+    devices = jax.local_devices()
+    shape = (len(devices), 1)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch: split over every device."""
     return NamedSharding(mesh, PartitionSpec(AXES))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from shortcut_jax import pictures
 from shortcut_jax.budget import Budget
 from shortcut_jax.experiment import results, spread, values
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import write_atomically
 from shortcut_jax.objectives import OBJECTIVES
 from shortcut_jax.paper_results import DATASETS, STEPS, TABLE_1
 

@@ -14,7 +14,17 @@ from clu import parameter_overview
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, data, evaluation, pairs, pretrained, rng, run, sharding, state
+from shortcut_jax import (
+    checkpoint,
+    evaluation,
+    pairs,
+    pretrained,
+    rng,
+    run,
+    sharding,
+    spaces,
+    state,
+)  # fmt: skip
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
@@ -37,6 +47,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     num_shards: int,
+    draw_x1: spaces.DrawX1,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """The training step as a pure function, to be compiled with shardings by the caller.
 
@@ -46,12 +57,14 @@ def make_train_step(
       objective: builds the targets.
       optimizer: from `state.build_optimizer`.
       num_shards: parts the batch is sharded into.
+      draw_x1: makes x_1 of the images of a batch.
     """
 
     apply = state.apply_fn(network)
 
     def train_step(old: TrainState, batch: Batch) -> TrainState:
         draw = rng.draws(config.seed, "train", old.step)
+        batch = dataclasses.replace(batch, image=draw_x1(draw, batch.image))
         progress = Progress(old.step, config.total_steps)
         teacher = old.teacher
         if objective.promotes_student:
@@ -131,16 +144,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
-        dataset = data.open_dataset(config.data)
+        train_data, images = run.open_data(setup)
         run.claim_workdir(config, workdir)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    if objective.teacher == "pairs":
+        assert origins.teacher is not None  # `pretrained.find` has refused a config without one
+        with clock.phase("pairs"):
+            train_data = pairs.prepare(setup, origins.teacher, workdir)
+    encode, draw_x1 = spaces.way_from(setup.space, train_data.holds)
 
     ##################################################################################
     #  State: shapes, then shardings, then arrays - new, or from a checkpoint
     ##################################################################################
 
     optimizer = state.build_optimizer(config)
-    train_step = make_train_step(config, network, objective, optimizer, mesh.size)
+    train_step = make_train_step(config, network, objective, optimizer, mesh.size, draw_x1)
     rows = sharding.batch_sharding(mesh)
 
     def init() -> TrainState:
@@ -152,9 +170,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         return TrainState(step, params, ema, optimizer.init(params), teacher, {})
 
     def empty_batch() -> Batch:
-        image = jnp.zeros((config.batch_size, *setup.image_shape))
+        image = jnp.zeros((config.batch_size, *train_data.image_shape), train_data.dtype)
         noise = image if objective.teacher == "pairs" else None
-        return Batch(image, jnp.zeros(config.batch_size, jnp.int32), noise)
+        return Batch(encode(image), jnp.zeros(config.batch_size, jnp.int32), noise)
 
     batch_shape = jax.eval_shape(empty_batch)
     metrics_shape = jax.eval_shape(train_step, jax.eval_shape(init), batch_shape).metrics
@@ -165,13 +183,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
-    evaluator = evaluation.Evaluator(setup, dataset, state_sharding.params)
-    if objective.teacher == "pairs":
-        assert origins.teacher is not None  # `pretrained.find` has refused a config without one
-        with clock.phase("pairs"):
-            train_data = pairs.prepare(setup, origins.teacher, state_sharding.params, workdir)
-    else:
-        train_data = dataset
+    evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
 
     start = checkpoints.latest()
     if start is None:
@@ -220,9 +232,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         num_steps=max(config.total_steps - first, 0),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        # Pairs are what the teacher made: not mirrored, and decoded already.
-        flip=config.data.flip and train_data is dataset,
-        num_workers=config.data.get("workers", 0) if train_data is dataset else 0,
+        flip=config.data.flip and train_data.holds != "samples",
+        num_workers=config.data.get("workers", 0) if train_data.holds == "images" else 0,
     )
     logger = MetricLogger(
         workdir,
@@ -254,7 +265,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 break
 
             with clock.phase("data"):
-                batch = sharding.to_global(Batch(**next(batches)), rows)
+                arrays = sharding.to_global(next(batches), rows)
+                batch = Batch(**{**arrays, "image": encode(arrays["image"])})
             with jax.transfer_guard("disallow"):
                 train_state = compiled(train_state, batch)
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from shortcut_jax import checkpoint, data, run, sampling, sharding, state
-from shortcut_jax import config as config_lib
+from shortcut_jax import checkpoint, run, sampling, sharding, state
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives.base import rows
 
@@ -197,7 +196,8 @@ class Model:
             # The last batch is filled up and cut: every program has one shape.
             batch = {k: np.resize(a[begin : begin + size], size) for k, a in request.items()}
             images, _ = self._program(scale)(self.params, batch, seed, num_steps)
-            batches.append(sampling.to_uint8(sharding.to_host(images)))
+            images = sharding.to_host(self.setup.space.decode(images))
+            batches.append(sampling.to_uint8(images))
         return np.concatenate(batches)[:total]
 
     @functools.cached_property
@@ -257,11 +257,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, params: str =
     config = run.restore_config(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     step = checkpoints.choose(step)
-    image_shape, num_classes = data.describe(config.data)
-    objective = config_lib.build_objective(config, num_classes)
-    network = state.build_network(config, objective)
-    mesh = sharding.make_mesh(jax.device_count(), 1)
-    setup = run.Setup(config, image_shape, num_classes, objective, network, mesh)
+    setup = run.build(config, sharding.make_mesh(jax.device_count(), 1))
 
     model = Model(setup, step, *run.restore_params(setup, checkpoints, step, params))
     checkpoints.close()

@@ -11,10 +11,11 @@ from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
 
-from shortcut_jax import data, metrics, objectives
+from shortcut_jax import data, metrics, objectives, spaces
 from shortcut_jax.config import OPTIONAL, build_objective, default, flatten
 from shortcut_jax.data.crops import CROPS
 from shortcut_jax.errors import UserError
+from shortcut_jax.models.autoencoder import ARCHITECTURES
 
 
 def check(condition: bool, message: str) -> None:
@@ -47,7 +48,7 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     Raises:
       UserError: the first thing that is wrong.
     """
-    _check_model(config.model, image_shape)
+    _check_model(config.model, spaces.shape(config, image_shape))
     _check_guidance(config.objective)
     _check_metrics(config.eval.metrics, image_shape)
     warmup, total = config.optimizer.warmup_steps, config.total_steps
@@ -123,7 +124,7 @@ _POSITIVE = (
     "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr", "optimizer.eps",
     "checkpoint.every", "checkpoint.keep", "log.every", "eval.batch_size", "eval.grid_rows",
     "objective.num_pairs", "objective.pair_steps", "objective.reflow_steps", "objective.time_std",
-    "data.image_size", "data.num_classes",
+    "data.image_size", "data.num_classes", "autoencoder.scale",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",
@@ -134,6 +135,7 @@ _IN_0_1 = ("ema_rate", "optimizer.b1", "optimizer.b2", "objective.noise_floor") 
 _PROBABILITIES = ("objective.class_dropout",)
 _SEEDS = ("seed", "eval.seed")
 _CHOICES = {
+    "autoencoder.kind": tuple(ARCHITECTURES),
     "data.crop": tuple(CROPS),
     "model.attention_scale": ("sqrt", "linear"),
     "model.step_embedding": ("d", "log2"),
@@ -208,7 +210,10 @@ def _check_types(flat: Mapping[str, Any], valid: Mapping[str, Any]) -> None:
         if isinstance(value, list) and good:
             value = tuple(value)
             good = all(type(v) is type(valid[key][0]) for v in value)
-            check(len(value) > 0, f"{key} is empty; give at least one, such as {valid[key][0]!r}.")
+            check(
+                len(value) > 0 or key == "eval.metrics",  # pictures alone
+                f"{key} is empty; give at least one, such as {valid[key][0]!r}.",
+            )
             check(
                 not good or len(set(value)) == len(value),
                 f"{key}={value} holds one twice; expected each once: drop the second.",

@@ -2,6 +2,7 @@
 
 import inspect
 import pkgutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +260,7 @@ def parameters(h: int, *, depth: int, patch: int, channels: int, classes: int) -
 # ------------------------------------------------------------------- every key is read
 
 
-class Recorder:
+class Recorder(Mapping):
     """Looks like a section of the config and notes which keys are read."""
 
     def __init__(self, section: ConfigDict, read: set[str], prefix: str = ""):
@@ -275,8 +276,11 @@ class Recorder:
     def __getattr__(self, key: str) -> Any:
         return self[key]
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._section
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._section)
+
+    def __len__(self) -> int:
+        return len(self._section)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: self[key] for key in self._section}

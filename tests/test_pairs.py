@@ -38,8 +38,7 @@ def teacher(tmp_path_factory):
 def make(teacher, workdir, **overrides):
     config = small("reflow", teacher=str(teacher), **overrides)
     setup = run.prepare(config)
-    shardings = sharding.shard_tree(param_shapes(setup), setup.mesh)
-    return pairs.prepare(setup, pretrained.find(config).teacher, shardings, workdir)
+    return pairs.prepare(setup, pretrained.find(config).teacher, workdir)
 
 
 def all_rows(made):

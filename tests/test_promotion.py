@@ -9,7 +9,7 @@ import pytest
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import rng, state, train
+from shortcut_jax import rng, spaces, state, train
 from shortcut_jax.objectives import Batch, Progress, Velocities
 from shortcut_jax.objectives.progressive_distillation import ProgressiveDistillation
 
@@ -44,7 +44,9 @@ def make_step(name="progressive_distillation"):
     config = make_config(name)
     objective = config_lib.build_objective(config, num_classes=10)
     optimizer = state.build_optimizer(config)
-    compiled = jax.jit(train.make_train_step(config, Toy(), objective, optimizer, 1))
+    compiled = jax.jit(
+        train.make_train_step(config, Toy(), objective, optimizer, 1, spaces.Pixels().draw)
+    )
 
     def step(old, batch):
         # Without metrics of earlier steps those of the new state are of this step alone.

@@ -6,8 +6,10 @@ import numpy as np
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import state, train
+from shortcut_jax import spaces, state, train
 from shortcut_jax.objectives import Batch
+
+DRAW = spaces.Pixels().draw
 
 
 def test_step_is_adamw_on_the_mean_squared_error_then_ema():
@@ -22,7 +24,7 @@ def test_step_is_adamw_on_the_mean_squared_error_then_ema():
     old = state.TrainState(jnp.int32(0), params, ema, optimizer.init(params), {}, {})
     batch = Batch(jnp.full((8, 8, 8, 1), 0.5), jnp.arange(8))
 
-    new = jax.jit(train.make_train_step(config, network, objective, optimizer, 1))(old, batch)
+    new = jax.jit(train.make_train_step(config, network, objective, optimizer, 1, DRAW))(old, batch)
 
     # At its initialisation the network answers zero: the loss is the mean square of the target.
     loss, target_rms = (new.metrics[name].compute() for name in ("loss", "target_rms"))

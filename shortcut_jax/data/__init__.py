@@ -49,7 +49,9 @@ DATASETS = {
     "fashion_mnist": DatasetSpec(
         "shortcut_jax.data.fashion_mnist", (32, 32, 1), 10, takes=("idx_dir",)
     ),
-    "images": DatasetSpec("shortcut_jax.data.images", None, None, splits=(), needs=IMAGES_KEYS),
+    "images": DatasetSpec(
+        "shortcut_jax.data.images", None, None, splits=(), needs=IMAGES_KEYS, takes=("latents",)
+    ),
 }
 
 

@@ -69,6 +69,11 @@ def flips(seed: int, step: int, batch_size: int) -> np.ndarray:
     return random_bits(seed, "flip", step, batch_size) % 2 == 1
 
 
+def to_float(images: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 -1..1; what is no uint8 stays as it is."""
+    return images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
+
+
 def batches(
     dataset: Dataset,
     *,
@@ -125,13 +130,12 @@ def batches(
 
     def make_batch(step: int) -> Batch:
         indices = _row_indices(step * batch_size + owned, dataset.size, epoch_order)
+        mirrored = flips(seed, step, batch_size)[owned] if flip else np.zeros(share, bool)
+        if dataset.has_mirrors:
+            return dataset.rows(indices + dataset.size * mirrored)
         rows = dict(dataset.rows(indices))
-        image = rows.pop("image")
-        if image.dtype == np.uint8:
-            image = image.astype(np.float32) / 127.5 - 1
-        if flip:
-            mirrored = flips(seed, step, batch_size)[owned]
-            image[mirrored] = image[mirrored, :, ::-1]
+        image = to_float(rows.pop("image"))
+        image[mirrored] = image[mirrored, :, ::-1]
         return {"image": image, **rows}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -31,6 +31,10 @@ class Dataset:
       image_shape: (H, W, C).
       num_classes: labels are 0..num_classes-1.
       size: number of rows.
+      has_mirrors: rows size..2 * size - 1 are the rows 0..size-1 mirrored left-right.
+      holds: what an image is to the trainer: "images" [H, W, C], "moments" of their latents
+        (`shortcut_jax.latent_cache`), or "samples", x_1 itself (`shortcut_jax.pairs`).
+      dtype: of the images in a batch.
       fingerprint: 16 hexadecimal digits, the same only for the same rows in the same order. For a
         set that is read from disk as needed it covers the builder, version, split and size only.
       read: reads the rows at an int array of indices; use `rows`, which checks them.
@@ -43,25 +47,29 @@ class Dataset:
     size: int
     fingerprint: str
     read: Callable[[np.ndarray], Rows] = dataclasses.field(repr=False, compare=False)
+    has_mirrors: bool = False
+    holds: Literal["images", "moments", "samples"] = "images"
+    dtype: np.dtype = np.dtype(np.float32)
 
     def rows(self, indices: np.ndarray) -> Rows:
         """Returns the rows at `indices`, which may repeat and be in any order.
 
         Args:
-          indices: int [n], 0..size-1, n >= 1.
+          indices: int [n], 0..size-1 (2 * size - 1 where there are mirrors), n >= 1.
 
         Returns:
           {"image": uint8 [n, H, W, C] in 0..255, "label": int32 [n] in 0..num_classes-1}; or, for
           what a network made, float32 images as it sees them, and more (`shortcut_jax.pairs`).
 
         Raises:
-          IndexError: an index is negative or not below `size`.
+          IndexError: there is no such row.
         """
         indices = np.asarray(indices)
-        if indices.min() < 0 or indices.max() >= self.size:
+        end = 2 * self.size if self.has_mirrors else self.size
+        if indices.min() < 0 or indices.max() >= end:
             raise IndexError(
                 f"indices {indices.min()}..{indices.max()} into {self.name} {self.split}, "
-                f"which has rows 0..{self.size - 1}"
+                f"which has rows 0..{end - 1}"
             )
         return self.read(indices)
 

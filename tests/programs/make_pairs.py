@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shortcut_jax import pairs, pretrained, run, sharding
-from tests.untrained_runs import param_shapes, small
+from tests.untrained_runs import small
 
 
 def main(out: Path, teacher: str, specs: list[str]) -> None:
@@ -21,8 +21,7 @@ def main(out: Path, teacher: str, specs: list[str]) -> None:
     for spec in specs:
         mesh = sharding.make_mesh(*map(int, spec.split(",")))  # may leave devices out
         setup = dataclasses.replace(prepared, mesh=mesh)
-        shardings = sharding.shard_tree(param_shapes(setup), mesh)
-        made = pairs.prepare(setup, found, shardings, out / spec)
+        made = pairs.prepare(setup, found, out / spec)
         np.savez(out / f"{spec}.npz", **made.rows(np.arange(made.size)))
 
 
