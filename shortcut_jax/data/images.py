@@ -124,21 +124,21 @@ def open_split(section: Mapping[str, Any], data_dir: Path) -> Dataset:
     directory = find_directory(asked, data_dir)
     builder = _open_builder(directory)
     _check_split(builder, split, directory)
-    keys = _feature_names(builder, directory)
-    found = builder.info.features[keys["label"]].num_classes if keys["label"] else 1
+    image, label, file_name = _feature_names(builder, directory)
+    found = builder.info.features[label].num_classes if label else 1
     if num_classes not in (1, found):
         raise UserError(
             f"data.num_classes={num_classes}, but {asked} in {directory} has {found} class"
             f"{'es' if found > 1 else ' (no labels)'}; expected that number"
             f"{', or 1 to ignore the labels' if found > 1 else ''}: change data.num_classes."
         )
-    if num_classes == 1:
-        keys["label"] = None
-    skip = {keys["image"]: tfds.decode.SkipDecoding()}
+    label = None if num_classes == 1 else label
+    skip = {image: tfds.decode.SkipDecoding()}
     parts = []
     for name in split.split("+"):
         source = builder.as_data_source(split=name, decoders=skip)
-        parts.append(Part(f"{asked} {builder.version}, {name}", source, len(source), **keys))
+        title = f"{asked} {builder.version}, {name}"
+        parts.append(Part(title, source, len(source), image, label, file_name))
     settings = {key: section[key] for key in ("image_size", "crop", "num_classes")}
     return Dataset(
         name=asked,
@@ -233,7 +233,9 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str, directory: Path)
             )
 
 
-def _feature_names(builder: tfds.core.DatasetBuilder, directory: Path) -> dict[str, str | None]:
+def _feature_names(
+    builder: tfds.core.DatasetBuilder, directory: Path
+) -> tuple[str, str | None, str | None]:
     """Which features are the image, the label and the name of the file."""
     features = builder.info.features
 
@@ -249,11 +251,7 @@ def _feature_names(builder: tfds.core.DatasetBuilder, directory: Path) -> dict[s
         )
     labels = named(tfds.features.ClassLabel, "label")
     texts = named(tfds.features.Text, "file_name")
-    return {
-        "image": images[0],
-        "label": labels[0] if len(labels) == 1 else None,
-        "file_name": texts[0] if texts else None,
-    }
+    return images[0], labels[0] if len(labels) == 1 else None, texts[0] if texts else None
 
 
 def _fingerprint(

@@ -11,6 +11,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 import grain
 import numpy as np
@@ -22,13 +23,13 @@ from shortcut_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[dict[str, Any]]):
     """The batches of a run in order; `close` (or leaving its `with`) ends threads and processes."""
 
     def __init__(self, iterator: grain.DatasetIterator[Batch], workers: Workers | None) -> None:
         self._iterator, self._workers = iterator, workers
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         return next(self._iterator)
 
     def close(self) -> None:
