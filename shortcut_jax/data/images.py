@@ -197,8 +197,10 @@ def _open_builder(directory: Path) -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder_from_directory(directory)
         formats = {found.value for found in builder.info.available_file_formats()}
-        if "array_record" in formats and builder.info.file_format.value != "array_record":
-            return tfds.builder_from_directory(directory, file_format="array_record")
+        if "array_record" in formats:  # perhaps beside tfrecord, after `tfds convert_format`
+            builder.info.set_file_format(
+                "array_record", override=True, override_if_initialized=True
+            )
     except Exception as error:  # JSON, protobuf and TFDS each have their own for damaged metadata
         raise UserError(
             f"{directory} cannot be opened as a set that TFDS has prepared "
