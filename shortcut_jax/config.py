@@ -149,7 +149,7 @@ def build(
             _set_objective(config, value)
             config.objective.update((by_objective or {}).get(value, {}))
         elif key == "model" and value:
-            config.model.update(_model_size(value))
+            set_model_size(config, value)
         elif word in ("authors_code", "authors_code=True"):
             _set_authors_code(config)
         elif word in variants:
@@ -173,14 +173,45 @@ def _set_objective(config: ConfigDict, name: str) -> None:
     config.model.update(objectives.OBJECTIVES[name].model_settings)
 
 
-def _model_size(text: str) -> dict[str, int]:
+def set_model_size(config: ConfigDict, text: str) -> None:
+    """Sets the network to SIZE/PATCH, such as B/2 (UserError if there is none)."""
     size, _, patch = text.partition("/")
     if size not in dit.SIZES or patch not in map(str, dit.PATCHES):
         raise UserError(
             f"--config argument model={text} is not SIZE/PATCH with SIZE one of "
             f"{', '.join(dit.SIZES)} and PATCH one of {', '.join(map(str, dit.PATCHES))}."
         )
-    return {**dit.SIZES[size], "patch_size": int(patch)}
+    config.model.update(dit.SIZES[size], patch_size=int(patch))
+
+
+def latent_images(config: ConfigDict, builder: str, num_classes: int) -> None:
+    """Gives a config file its keys for 256x256 images in the latents of an autoencoder.
+
+    Metrics of such images need files, so that evaluation draws pictures and no more until
+    eval.metrics names some.
+    """
+
+    def optional(section: str) -> dict[str, Any]:
+        prefix = f"{section}."
+        return {k.removeprefix(prefix): v for k, v in OPTIONAL.items() if k.startswith(prefix)}
+
+    config.autoencoder = ConfigDict(optional("autoencoder"))
+    config.data.update(optional("data"))
+    del config.data.idx_dir  # of fashion_mnist
+    config.data.update(name="images", builder=builder, num_classes=num_classes, flip=True)
+    config.eval.metrics = ()
+
+
+def small_latents(config: ConfigDict) -> None:
+    """A variant of such a config for tests: seconds, a tiny random autoencoder, 4x4 latents."""
+    config.total_steps, config.batch_size = 8, 32
+    config.data.update(builder="photographs", image_size=32)
+    config.autoencoder.update(kind="tiny", weights="random")
+    config.model.update(hidden_size=32, depth=1, num_heads=2)
+    config.checkpoint.every, config.log.every = 4, 2
+    config.eval.update(every=4, num_samples=20, batch_size=16, steps=(1, 4), grid_rows=4)
+    if config.objective.name == "reflow":
+        config.objective.update(num_pairs=10, pair_steps=4)
 
 
 def _set_authors_code(config: ConfigDict) -> None:

@@ -1,0 +1,22 @@
+"""A small set of real photographs: parts of the two that scikit-learn ships."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+
+
+def write_folder(folder: Path, per_class: int = 10, side: int = 72) -> Path:
+    """One folder per photograph with `per_class` parts of it, as JPEG, wider than high."""
+    for name in PHOTOGRAPHS:
+        photograph = load_sample_image(name)
+        inside = folder / Path(name).stem
+        inside.mkdir(parents=True)
+        for i in range(per_class):
+            top, left = 7 * i, 31 * i
+            part = photograph[top : top + side, left : left + side + 20]
+            Image.fromarray(np.ascontiguousarray(part)).save(inside / f"{i:02d}.jpg", quality=95)
+    return folder

@@ -1,0 +1,324 @@
+"""Latents: drawn from moments, the same from a cache and encoded on the way; caches and damage."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import imagenet
+from shortcut_jax import autoencoder_weights, latent_cache, rng, run, sharding, spaces
+from shortcut_jax.data import image_files, pipeline, preparing
+from shortcut_jax.errors import UserError
+from shortcut_jax.models import autoencoder
+from tests.photographs import write_folder
+from tests.sentences import assert_sentence, contents
+
+SHAPE = (4, 4, 8)  # of the moments of 32x32 images
+COUNT = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_cache, "SHARD_ROWS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    source = image_files.Source(write_folder(folder / "jpegs"), "")
+    preparing.prepare(
+        preparing.Request(
+            source=source, name="photographs", split="train", data_dir=folder, labels="folders",
+            counts=(COUNT,), workers=0, skip_corrupt=False,
+        )
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(data_dir):
+    config = imagenet.get_config("small")
+    config.data.data_dir = str(data_dir)
+    return run.prepare(config)
+
+
+@pytest.fixture(scope="module")
+def images(setup):
+    return run.open_data(setup)[0]
+
+
+def wanted(setup):
+    return latent_cache.describe(setup.config.data, setup.config.autoencoder, setup.space.sha256)
+
+
+def make(setup, images, folder, encode=None, **options):
+    encode = encode or latent_cache.encoder(setup.space, batch_size=5)
+    options = {"batch_size": 5, "moments_shape": SHAPE, **options}
+    return latent_cache.make(folder, images, encode, wanted(setup), **options)
+
+
+@pytest.fixture(scope="module")
+def cache(setup, images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    assert make(setup, images, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(cache, tmp_path):
+    return shutil.copytree(cache, tmp_path / "copy")
+
+
+def opened(setup, folder):
+    return latent_cache.open_cache(folder, wanted(setup), num_classes=2)
+
+
+# ------------------------------------------------------------------ what they are
+
+
+def test_layout(setup, cache):
+    files = {f"{i:05d}.{kind}" for i in range(3) for kind in ("arrayrecord", "json")}
+    assert set(contents(cache)) == {"manifest.json", *files}
+    found = json.loads((cache / "manifest.json").read_text())
+    assert found["autoencoder_sha256"] == setup.space.sha256 and found["scale"] == 0.18215
+    assert (found["crop"], found["image_size"], found["count"]) == ("adm", 32, COUNT)
+    assert found["dtype"] == "float16"
+
+
+def test_rows_are_the_moments_of_image_and_mirror(setup, images, cache):
+    cached = opened(setup, cache)
+    assert (cached.size, cached.image_shape, cached.holds) == (COUNT, SHAPE, "moments")
+    order = np.array([3, 19, 0, 11])
+    rows = images.rows(order)
+    params = autoencoder_weights.load("random", "tiny").params
+    for mirrored in (False, True):
+        picture = rows["image"][:, :, ::-1] if mirrored else rows["image"]
+        expected = np.concatenate(
+            autoencoder.encode(params, picture / np.float32(127.5) - 1, autoencoder.TINY), axis=-1
+        )
+        found = cached.rows(order + COUNT * mirrored)
+        assert found["image"].dtype == np.float16
+        np.testing.assert_allclose(found["image"], expected, rtol=2**-10, atol=1e-4)
+        np.testing.assert_array_equal(found["label"], rows["label"])
+    # The mirror of the moments is something else: the encoder is not symmetric.
+    plain, mirror = cached.rows(order)["image"], cached.rows(order + COUNT)["image"]
+    assert np.abs(plain[:, :, ::-1].astype(float) - mirror).max() > 0.05
+
+
+def test_x1_is_drawn_from_the_posterior(setup):
+    mean, logvar = np.full((6, 4, 4, 4), 2.0), np.full((6, 4, 4, 4), np.log(0.25))
+    moments = jnp.asarray(np.concatenate([mean, logvar], axis=-1), jnp.float32)
+
+    def x1(step):
+        return np.asarray(setup.space.draw(rng.draws(0, "train", step), moments))
+
+    many = np.stack([x1(step) for step in range(200)]) / 0.18215
+    np.testing.assert_allclose(many.mean(0), 2.0, atol=0.2)
+    np.testing.assert_allclose(many.std(0), 0.5, atol=0.15)
+    assert many.mean() == pytest.approx(2.0, abs=0.01) and many.std() == pytest.approx(0.5, 0.02)
+    np.testing.assert_array_equal(x1(7), x1(7))
+    assert len(np.unique(many[0])) == many[0].size  # every row and pixel has noise of its own
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_cached_latents_equal_those_encoded_on_the_way(setup, images, cache, step):
+    drawn = []
+    for dataset in (images, opened(setup, cache)):
+        encode, draw_x1 = spaces.way_from(setup.space, dataset.holds)
+        with pipeline.batches(
+            dataset, batch_size=16, seed=1, start_step=step, num_steps=1, flip=True
+        ) as batches:
+            batch = next(batches)
+        x1 = draw_x1(rng.draws(1, "train", step), encode(jnp.asarray(batch["image"])))
+        drawn.append((np.asarray(x1), batch["label"]))
+    (way, way_labels), (cached, cached_labels) = drawn
+    np.testing.assert_array_equal(way_labels, cached_labels)
+    # float16 rounds mean and log-variance by at most 2^-11 of themselves.
+    np.testing.assert_allclose(cached, way, atol=2**-10 * np.abs(way).max())
+    assert np.abs(cached - np.roll(way, 1, axis=0)).max() > 0.1  # other rows are far from equal
+
+
+def test_samples_go_back_through_the_decoder(setup):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    params = autoencoder_weights.load("random", "tiny").params
+    expected = autoencoder.decode(params, x / 0.18215, autoencoder.TINY)
+    np.testing.assert_allclose(setup.space.decode(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ making them
+
+
+def test_several_tasks_make_what_one_makes(setup, images, cache, tmp_path):
+    assert make(setup, images, tmp_path, task=(1, 2)) == 2
+    with pytest.raises(UserError, match=r"00000\.arrayrecord is missing"):
+        opened(setup, tmp_path)
+    assert make(setup, images, tmp_path, task=(0, 2)) == 0
+    assert contents(tmp_path) == contents(cache)
+
+
+def test_a_killed_task_goes_on_at_the_shard_it_reached(setup, images, cache, tmp_path):
+    encode, calls = latent_cache.encoder(setup.space, batch_size=5), []
+
+    def killed(batch):
+        calls.append(len(batch))
+        if len(calls) == 4:  # in the second shard
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(setup, images, tmp_path, killed)
+    before = (tmp_path / "00000.arrayrecord").stat().st_mtime_ns
+    make(setup, images, tmp_path)
+    assert (tmp_path / "00000.arrayrecord").stat().st_mtime_ns == before
+    assert contents(tmp_path) == contents(cache)
+
+
+def test_bfloat16(setup, images, tmp_path):
+    make(setup, images, tmp_path, dtype="bfloat16")
+    cached = opened(setup, tmp_path)
+    assert cached.dtype == jnp.bfloat16 and cached.rows(np.array([0]))["image"].dtype == "bfloat16"
+
+
+def test_what_float16_cannot_hold(setup, images, tmp_path):
+    def encode(batch):
+        moments = np.zeros((len(batch), *SHAPE), np.float32)
+        moments[1, 0, 0, 0] = 1e5
+        return moments, moments
+
+    with pytest.raises(UserError) as error:
+        make(setup, images, tmp_path, encode)
+    assert_sentence(str(error.value), ("Image 1 of photographs", "float16", "--dtype=bfloat16"))
+    assert not list(tmp_path.glob("*.arrayrecord"))
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fragment"),
+    [
+        ("data.image_size", 64, "image_size: 32 -> 64"),
+        ("data.crop", "authors", "crop: adm -> authors"),
+        ("data.builder", "imagenet2012", "builder: photographs -> imagenet2012"),
+        ("data.split", "train+test", "split: train -> train+test"),
+        ("data.num_classes", 1, "num_classes: 2 -> 1"),
+        ("autoencoder.scale", 0.13025, "scale: 0.18215 -> 0.13025"),
+        ("autoencoder.kind", "sd", "autoencoder: tiny -> sd"),
+    ],
+)
+def test_another_config(setup, cache, key, value, fragment):
+    config = setup.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError) as error:
+        opened(dataclasses.replace(setup, config=config), cache)
+    assert_sentence(str(error.value), (str(cache), fragment, "Use the config"))
+
+
+def test_other_weights(setup, cache):
+    with pytest.raises(UserError) as error:
+        latent_cache.open_cache(cache, {**wanted(setup), "autoencoder_sha256": "0" * 64}, 2)
+    fragment = f"autoencoder_sha256: {setup.space.sha256} -> {'0' * 64}"
+    assert_sentence(str(error.value), (fragment,))
+
+
+def test_a_folder_of_others_is_not_added_to(setup, images, copy):
+    before = contents(copy)
+    with pytest.raises(UserError) as error:
+        make(setup, images, copy, dtype="bfloat16")
+    assert_sentence(str(error.value), ("dtype: float16 -> bfloat16", "nothing was changed"))
+    assert contents(copy) == before
+
+
+def damaged(setup, folder):
+    with pytest.raises(UserError) as error:
+        opened(setup, folder)
+    return str(error.value)
+
+
+def test_no_latents(setup, tmp_path):
+    assert_sentence(damaged(setup, tmp_path), (f"data.latents={tmp_path}", "cache_latents"))
+
+
+def test_missing_and_truncated_shards(setup, copy):
+    path = copy / "00002.arrayrecord"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_sentence(damaged(setup, copy), (str(path), "not whole", "expected 4 images"))
+    path.unlink()
+    assert_sentence(damaged(setup, copy), (str(path), "0 bytes", "remove 00002.json"))
+
+
+def test_verify_finds_a_flipped_bit(setup, images, copy, cache):
+    assert latent_cache.verify(copy) == COUNT
+    path = copy / "00001.arrayrecord"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        latent_cache.verify(copy)
+    assert_sentence(str(error.value), (str(path), "damaged", "00001.json"))
+    # What the sentence says mends it.
+    path.unlink()
+    (copy / "00001.json").unlink()
+    make(setup, images, copy)
+    assert contents(copy) == contents(cache)
+
+
+@pytest.mark.parametrize("side", [30, 36])
+def test_images_without_latents(side):
+    config = imagenet.get_config("small")
+    config.data.image_size = side
+    with pytest.raises(UserError) as error:
+        run.check(config)
+    assert_sentence(str(error.value), ("data.image_size", "multiples of 8"))
+
+
+def test_local_mesh_has_the_devices_of_this_process():
+    assert list(sharding.local_mesh().devices.flat) == jax.local_devices()
+
+
+# ------------------------------------------------------------------ the commands
+
+
+def test_from_files_to_samples(run_python, tmp_path):
+    """Folder -> prepared set -> cache -> training -> checkpoint -> evaluation and pictures."""
+    source = write_folder(tmp_path / "jpegs")
+    small = "--config=configs/imagenet.py:small"
+    at = [small, f"--config.data.data_dir={tmp_path}", "--config.log.tensorboard=False"]
+    cache, workdir = tmp_path / "latents", tmp_path / "run"
+
+    def done(module, *args):
+        process = run_python(["-m", f"shortcut_jax.{module}", *args], timeout=280)
+        assert process.returncode == 0, process.stderr[-2000:]
+        return process.stdout
+
+    name = ["--name=photographs", f"--data_dir={tmp_path}", "--workers=0"]
+    done("prepare", f"--source={source}", *name)
+    done("cache_latents", *at, f"--out={cache}")
+    assert "20 images" in done("cache_latents", *at, f"--out={cache}", "--verify")
+    run_flags = [*at, f"--workdir={workdir}", "--config.total_steps=2"]
+    done("main", *run_flags, f"--config.data.latents={cache}")
+    done("eval", *run_flags, f"--save_samples={tmp_path / 'samples.npz'}")
+    assert {p.name for p in (workdir / "eval" / "2").iterdir()} == {"samples.png"}
+    with np.load(tmp_path / "samples_4.npz") as samples:
+        assert samples["arr_0"].shape == (20, 32, 32, 3)
+        assert set(samples["arr_1"]) <= {0, 1}
+
+
+def test_no_name_of_the_folder(run_python):
+    done = run_python(["-m", "shortcut_jax.cache_latents", "--config=configs/imagenet.py:small"])
+    assert done.returncode == 2 and "error: --out is missing" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--task_index=0"], ["--task_index=2", "--task_count=2"]])
+def test_half_a_task(run_python, tmp_path, flags):
+    at = ["--config=configs/imagenet.py:small", f"--out={tmp_path}"]
+    done = run_python(["-m", "shortcut_jax.cache_latents", *at, *flags])
+    assert done.returncode == 2 and "do not name a task" in done.stderr
+    assert not list(Path(tmp_path).iterdir())
