@@ -29,11 +29,17 @@ setup(
         "scikit-learn>=1.5",  # ships the digits data set: a real run without any download
         "tensorboard>=2.18",  # event files written and read without TensorFlow
         "tensorflow-datasets>=4.9.10",  # data sets as random-access sources (works without TF)
+        "tqdm>=4.60",  # the progress bar of shortcut_jax.prepare
     ],
     extras_require={
         # One accelerator runtime per machine; each fixes its runtime to the jax that is installed.
         "tpu": ["jax[tpu]"],  # libtpu
         "cuda": ["jax[cuda12]"],  # CUDA 12: offered by jax 0.10 to 0.12, and runs on older drivers
+        "tfds-prepare": [  # to prepare TFDS's own image sets, once; nothing of it runs afterwards
+            "apache-beam>=2.60",  # the `tfds` command imports it
+            "mlcroissant>=1",  # the `tfds` command imports it
+            "tensorflow>=2.16",  # those builders read their sources with it
+        ],
         "convert": [
             "torch>=2.2",  # opens PyTorch's own pickled weight files; nothing else uses it
         ],
