@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 import configs
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import metrics, objectives, run, train, validation
+from shortcut_jax import data, metrics, objectives, run, train, validation
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
+from tests.sentences import assert_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
@@ -226,6 +227,52 @@ def test_total_steps_is_fixed_under_a_schedule_that_ends_there():
 )
 def test_mesh_shape(data, fsdp, expected):
     assert validation.mesh_shape(ConfigDict({"data": data, "fsdp": fsdp}), 8) == expected
+
+
+# ------------------------------------------------------------------- keys of image sets
+
+IMAGES = {
+    "name": "images", "builder": "imagenet2012", "image_size": 256, "crop": "adm",
+    "num_classes": 1000, "workers": 0,
+}  # fmt: skip
+
+
+def images_config(**changes: Any) -> ConfigDict:
+    def base(c: ConfigDict) -> None:
+        c.data.update(IMAGES | changes)
+
+    return config_lib.build(None, base, {})
+
+
+def test_keys_of_image_sets_are_accepted():
+    config = images_config()
+    validation.check_values(config)
+    assert data.describe(config.data) == ((256, 256, 3), 1000)
+    assert config_lib.OPTIONAL.keys() >= {f"data.{key}" for key in IMAGES if key != "name"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("image_size", 0, "out of range"),
+        ("image_size", 32.0, "whole number"),
+        ("num_classes", 0, "out of range"),
+        ("workers", -1, "out of range"),
+        ("crop", "center", "adm, authors"),
+        ("builder", 3, "not text"),
+    ],
+)
+def test_wrong_values_of_image_sets(key, value, said):
+    with pytest.raises(UserError) as error:
+        validation.check_values(images_config(**{key: value}))
+    assert_sentence(str(error.value), (f"data.{key}={value!r}", said))
+
+
+def test_resume_may_change_the_number_of_workers_only():
+    flat = config_lib.flatten(images_config())
+    assert config_lib.differences(flat, flat | {"data.workers": 8}) == []
+    for key in IMAGES.keys() - {"workers"}:
+        assert config_lib.differences(flat, flat | {f"data.{key}": "x"})
 
 
 # ------------------------------------------------------------------- what --dry_run prints
