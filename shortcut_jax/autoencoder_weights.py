@@ -37,7 +37,7 @@ class Weights(NamedTuple):
 
     Attributes:
       params: of `Autoencoder`, float32 numpy arrays.
-      sha256: of the file; latents made with other weights are other latents.
+      sha256: of the file (of random ones, of the tensors): latents of other weights are others.
     """
 
     params: dict[str, Any]
@@ -166,7 +166,13 @@ def _read(path: Path) -> Tensors:
                         f"autoencoder.weights: {path} has {name} as {tensor.dtype}; expected "
                         f"float32 or float16: {FIX}."
                     )
-                tensors[_name_today(name)] = tensor.astype(np.float32)
+                today = _name_today(name)
+                if today in tensors:
+                    raise UserError(
+                        f"autoencoder.weights: {path} has both {today} and the name it had before, "
+                        f"of which {name} is one; expected one of the two: {FIX}."
+                    )
+                tensors[today] = tensor.astype(np.float32)
     except (SafetensorError, OSError, TypeError, KeyError) as error:
         raise UserError(
             f"autoencoder.weights: {path} cannot be read as safetensors ({error}), so it is cut or "
