@@ -92,10 +92,12 @@ def fetch(published: Published, out: Path, open_url: Open | None = None) -> None
     except (OSError, http.client.HTTPException) as error:
         if part.is_file() and not part.stat().st_size:
             part.unlink()
+        room = f"{published.size / 1e6:.0f} MB of room" if published.size else "room for the file"
         raise UserError(
             f"{published.url} cannot be downloaded to {out} ({error}); expected a connection to it "
-            f"and {published.size / 1e6:.0f} MB of room: mend that and run the same command, which "
-            f"goes on from {part.name}, give a mirror as --url, or copy the file from elsewhere."
+            f"and {room}: mend that and run the same command, which "
+            f"goes on with {part.name} if there is one, give a mirror as --url, or copy the file "
+            "from elsewhere."
         ) from error
 
 
@@ -109,6 +111,8 @@ def _lock(file: Any, part: Path) -> None:
     # A second process would append to the first one's file, even after it was checked.
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            raise BlockingIOError("the other has just finished, and this is its file")
     except BlockingIOError as error:
         raise UserError(
             f"{part} is being written by another process; expected to be alone: wait for it, or "
