@@ -18,7 +18,7 @@ from shortcut_jax.data import image_files, shards
 from shortcut_jax.data.images import MANIFEST
 from shortcut_jax.data.workers import Workers
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import write_atomically
 
 Manifest = dict[str, Any]
 

@@ -18,7 +18,7 @@ from typing import Any
 from shortcut_jax.data import crops
 from shortcut_jax.data.image_files import Entry, Source
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import write_atomically
 
 FORMAT = 1  # raised when what a shard holds changes, so that no old one is kept
 SHARD_FILES, SHARD_BYTES = 1024, 128 * 2**20
