@@ -4,7 +4,7 @@ import logging as stdlib_logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,17 +17,18 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 Parser = Callable[[Sequence[str]], list[str]]
 
 
-def main(function: Callable[[], None], parse: Parser | None = None) -> None:
+def main(function: Callable[..., None], parse: Parser | None = None) -> None:
     """Parses the flags and calls `function`; a UserError or bad flag ends with status 2.
 
     Args:
-      function: what the binary does.
+      function: what the binary does; its arguments are the words that `parse` returns after the
+        name of the program (none, where only flags are taken).
       parse: gives meaning to argv; by default plain flags.
     """
 
-    def guarded(_: Sequence[str]) -> None:
+    def guarded(argv: Sequence[str]) -> None:
         try:
-            function()
+            function(*argv[1:])
         except UserError as error:
             fail(str(error))
 
@@ -76,6 +77,33 @@ def parse_flags(argv: Sequence[str], positional: str = "") -> list[str]:
         fail(str(error))
     except flags.Error as error:
         fail(explain(str(error)))
+
+
+def split_command(
+    argv: Sequence[str], commands: Mapping[str, Sequence[str]]
+) -> tuple[list[str], list[str]]:
+    """Splits PROGRAM COMMAND ARGUMENT ... --flag=value ... into words and flags.
+
+    Args:
+      argv: of the process.
+      commands: the names of the arguments of each command.
+
+    Returns:
+      The command and its arguments; and PROGRAM with the flags, to be parsed.
+
+    Raises:
+      UserError: no such command, or not its arguments.
+    """
+    flags_from = next((i for i, a in enumerate(argv) if i and a.startswith("-")), len(argv))
+    words = list(argv[1:flags_from])
+    usages = [" ".join([name, *arguments]) for name, arguments in commands.items()]
+    if not words or len(words) != 1 + len(commands.get(words[0], [])) or words[0] not in commands:
+        found = f"{' '.join(words)!r} is not a command" if words else "the command is missing"
+        raise UserError(
+            f"{found}; expected one of {', '.join(usages)}, and flags after it: --help explains "
+            "them."
+        )
+    return words, [argv[0], *argv[flags_from:]]
 
 
 def refuse_rest(rest: Sequence[str]) -> None:

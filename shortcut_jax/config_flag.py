@@ -39,7 +39,7 @@ def with_objective(name: str) -> ConfigDict:
     """
     path, _, arg = str(_config_argument(sys.argv)).partition(":")
     words = [w for w in arg.split(",") if w and not w.strip().startswith("objective=")]
-    config = _load(f"{path}:{','.join([*words, f'objective={name}'])}")
+    config = load(f"{path}:{','.join([*words, f'objective={name}'])}")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     known = config_lib.flatten(config)
     config.update_from_flattened_dict({k: v for k, v in overrides.items() if k in known})
@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> list[str]:
             raise UserError("--config is missing; give a config file, e.g. configs/digits.py.")
         # ml_collections loads the file again; what it says of mistakes in it, and of unknown keys,
         # is unclear, and comes as many types of exceptions.
-        values = config_lib.flatten(_load(file))
+        values = config_lib.flatten(load(file))
         _check_keys(flags.FLAGS.read_flags_from_files(argv), values)
         rest = flags.FLAGS(argv)
         cli.refuse_rest(rest)
@@ -78,7 +78,7 @@ def _config_argument(argv: Sequence[str]) -> str | None:
     return found[0] if found else None
 
 
-def _load(argument: str) -> ConfigDict:
+def load(argument: str) -> ConfigDict:
     """What get_config(ARG) of FILE.py:ARG returns; whatever goes wrong there is a UserError."""
     path, colon, arg = argument.partition(":")
     example = "a Python file with get_config(arg), such as configs/digits.py"

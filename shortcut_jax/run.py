@@ -24,6 +24,7 @@ from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
 FINISHED = "finished.json"  # written when the last checkpoint is durable
+CONVERTED = "converted_from"  # in the data position of a checkpoint that no training wrote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +191,18 @@ def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     Raises:
       UserError: it cannot be read, or is no config of this version.
     """
-    path = Path(workdir) / "config.json"
-    flat = {
+    return resolve(read_config(workdir), Path(workdir) / "config.json")
+
+
+def resolve(flat: Mapping[str, Any], path: Path) -> ConfigDict:
+    """The config that a flat one, written to `path`, stands for: see `restore_config`."""
+    defaults = {
         key: value
         for key, value in config_lib.flatten(config_lib.default()).items()
         if not key.startswith(("model.", "objective.", "data.name"))
     }
     sections: dict[str, dict[str, Any]] = {}
-    for key, value in {**flat, **read_config(workdir)}.items():
+    for key, value in {**defaults, **flat}.items():
         section, _, name = key.rpartition(".")
         in_section = sections.setdefault(section, {})
         in_section[name] = tuple(value) if isinstance(value, list) else value
@@ -279,7 +284,13 @@ def restore_params(
 
 
 def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, path: Path) -> None:
-    """Refuses a checkpoint of another run or on other data (UserError)."""
+    """Refuses a checkpoint of another run, on other data, or of weights alone (UserError)."""
+    if CONVERTED in meta["data"]:
+        raise UserError(
+            f"{path} holds converted weights and no state of a training; expected a run to "
+            f"continue: start one from them, --config.init_from={path.parents[1]} and another "
+            "--workdir."
+        )
     _refuse_differences(meta["config"], config_lib.flatten(config), str(path))
     done = meta["data"]["next_step"]
     if done > config.total_steps:
