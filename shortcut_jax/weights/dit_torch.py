@@ -113,7 +113,7 @@ def to_params(source: Source, sizes: Sizes) -> dict[str, Any]:
 
 
 def _reverse_time(kernel: np.ndarray) -> np.ndarray:
-    """The kernel [256, h] that makes of the sinusoids of a what `kernel` makes of those of 999-a."""
+    """The kernel [256, h] that makes of sinusoids of a what `kernel` makes of those of 999 - a."""
     f = np.exp(-math.log(10_000) * np.arange(FREQUENCIES) / FREQUENCIES)[:, None]
     cos, sin = np.cos(LAST_LEVEL * f), np.sin(LAST_LEVEL * f)
     of_cos, of_sin = np.split(kernel.astype(np.float64), 2)

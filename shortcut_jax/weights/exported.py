@@ -16,6 +16,7 @@ import numpy as np
 from shortcut_jax import config as config_lib
 from shortcut_jax import run
 from shortcut_jax.errors import UserError
+from shortcut_jax.objectives import Objective
 from shortcut_jax.weights.tables import flatten, unflatten
 
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
@@ -27,6 +28,8 @@ CONVENTIONS = {
     "d": "step size in [0, 1]: the network's answer v moves a sample from t to t + d as x + d v; "
     "0 asks for the velocity",
     "labels": "0 ... num_classes - 1, and num_classes for no label",
+    "sampling": "n steps of x + v / n (rule euler); guidance w: v = v_null + w (v_label - v_null), "
+    "0 = the null label alone, 1 = the label alone",
     "images": "[-1, 1], or scaled latents; layout [batch, height, width, channels]",
     "weights": "float32, dense layers [out, in]",
 }
@@ -44,14 +47,29 @@ def describe(setup: run.Setup, step: int, params: str) -> dict[str, Any]:
             "image_shape": list(setup.image_shape),
         },
         "objective": config_lib.flatten(setup.config.objective),
-        # Smaller steps than this are asked as d = 0; 1 for methods that know no other question.
-        "smallest_step": 2.0**-objective.num_levels,
+        "sampling": _sampling(objective),
         "conventions": CONVENTIONS,
         "step": step,
         "params": params,
         "config": config_lib.flatten(setup.config),
         "versions": run.versions(),
     }
+
+
+def _sampling(objective: Objective) -> dict[str, Any]:
+    """The rule of a step, and for each number of steps the d to ask with and the guidance."""
+    steps = {}
+    for n in (2**i for i in range(8)):
+        try:
+            objective.check_steps(n)
+        except UserError:
+            continue
+        explicit = objective.cfg_scale == 0 or objective.guided(n)
+        steps[str(n)] = {
+            "d": float(objective.query_size(np.float32(1 / n))),
+            "guidance": objective.cfg_scale if explicit else 1.0,
+        }
+    return {"rule": objective.sampler, "null_label": objective.null_label, "steps": steps}
 
 
 def files(params: Any, description: Mapping[str, Any]) -> dict[str, bytes]:
