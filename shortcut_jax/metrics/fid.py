@@ -1,0 +1,129 @@
+"""The features of the FID: images of any size to what Inception-v3 sees, and its extractor."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from shortcut_jax.metrics import inception, inception_weights
+from shortcut_jax.metrics.extractor import Extractor
+
+SIZE = inception.SIZE
+# Images per call of the compiled network, on each device.
+BATCH = 32
+
+
+# ---------------------------------------------------------------------- what the network sees
+
+
+def interpolation_matrix(size: int, rule: str) -> np.ndarray:
+    """Bilinear interpolation from `size` to `SIZE` samples: float32 [SIZE, size].
+
+    Without antialiasing, places computed in float32, as those whose numbers this must give do it.
+
+    Args:
+        size: of the image along this axis.
+        rule: "corner", place i of the output is place i * scale of the input (TensorFlow 1 without
+            align_corners); or "half_pixel", the centres of pixels are at i + 1/2 (PyTorch).
+    """
+    scale = np.float32(size) / np.float32(SIZE)
+    place = np.arange(SIZE, dtype=np.float32)
+    if rule == "half_pixel":
+        half = np.float32(0.5)
+        place = np.maximum((place + half) * scale - half, np.float32(0))
+    else:
+        place = place * scale
+    low = np.minimum(place.astype(np.int64), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    fraction = place - low.astype(np.float32)
+    matrix = np.zeros((SIZE, size), np.float32)
+    rows = np.arange(SIZE)
+    np.add.at(matrix, (rows, low), 1 - fraction)
+    np.add.at(matrix, (rows, high), fraction)
+    return matrix
+
+
+class Protocol(NamedTuple):
+    """How an image becomes what the network sees."""
+
+    rule: str  # of `interpolation_matrix`
+    scale: Callable[[jax.Array], jax.Array]
+    text: str
+
+
+PROTOCOLS = {
+    # TensorFlow's graph, hence the original FID, ADM's evaluator and torch-fidelity.
+    "tensorflow": Protocol(
+        "corner", lambda v: (v - 128) / 128, "299x299, bilinear TF1 (corner); (v-128)/128"
+    ),
+    "pytorch_fid": Protocol(
+        "half_pixel", lambda v: v / 127.5 - 1, "299x299, bilinear half-pixel; v/127.5-1"
+    ),
+}
+
+
+def preprocess(images: jax.Array, protocol: str) -> jax.Array:
+    """uint8 [n, H, W, 3] -> float32 [n, 299, 299, 3], resized and scaled as `PROTOCOLS` say."""
+    rule, scale, _ = PROTOCOLS[protocol]
+    rows, columns = (interpolation_matrix(size, rule) for size in images.shape[1:3])
+    x = images.astype(jnp.float32)
+    x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=inception.PRECISION)
+    x = jnp.einsum("qw,npwc->npqc", columns, x, precision=inception.PRECISION)
+    return scale(x)
+
+
+# ---------------------------------------------------------------------- the extractor
+
+
+def load_extractor(
+    name: str,
+    inception_weights: str = "",
+    inception_sha256: str = "",
+    inception_protocol: str = "tensorflow",
+) -> Extractor:
+    """The extractor of the FID, on all devices of this process.
+
+    Args:
+        name: "fid".
+        inception_weights, inception_sha256: see `inception_weights.load`.
+        inception_protocol: key of `PROTOCOLS`.
+
+    Raises:
+        UserError: the weights are missing or not those asked for.
+    """
+    weights = load_weights(inception_weights, inception_sha256)
+    return build_extractor(weights, inception_protocol, BATCH, jax.local_devices())
+
+
+def load_weights(source: str, sha256: str = "") -> inception_weights.Weights:
+    """`inception_weights.load` for this network."""
+    return inception_weights.load(source, sha256, inception.weight_shapes())
+
+
+def build_extractor(
+    weights: inception_weights.Weights, protocol: str, batch: int, devices: Sequence[jax.Device]
+) -> Extractor:
+    """Extractor that gives each of the devices `batch` images at a time."""
+    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    variables = jax.device_put(inception.to_variables(weights.arrays), whole)
+    # Two programs, so that the large one is the same for every size of image.
+    resize = jax.jit(
+        functools.partial(preprocess, protocol=protocol), in_shardings=rows, out_shardings=rows
+    )
+    network = jax.jit(inception.InceptionV3().apply, in_shardings=(whole, rows), out_shardings=rows)
+    return Extractor(
+        name=weights.name,
+        image_shape=(None, None, 3),
+        feature_dim=inception.FEATURE_DIM,
+        sha256=weights.sha256,
+        info={"protocol": protocol},
+        batch=batch * len(devices),
+        forward=lambda images: network(variables, resize(images)),
+        resize=PROTOCOLS[protocol].text,
+    )
