@@ -83,7 +83,7 @@ def default() -> ConfigDict:
 # Keys that only the config files of some data sets add.
 OPTIONAL: dict[str, Any] = {
     "data.idx_dir": "",  # fashion_mnist: folder of the published files
-    # The rest is for images, docs/data.md.
+    # For images, docs/data.md.
     "data.builder": "",  # TFDS builder[/config][:version] prepared in data_dir, or a name of yours
     "data.image_size": 256,  # side of the square crop, pixels
     "data.crop": "adm",  # adm | authors
@@ -94,6 +94,11 @@ OPTIONAL: dict[str, Any] = {
     "autoencoder.kind": "sd",  # sd | tiny (for tests)
     "autoencoder.weights": "",  # path of diffusion_pytorch_model.safetensors, or "random"
     "autoencoder.scale": 0.18215,  # latents times this have variance about 1
+    # For the metric fid, docs/metrics.md.
+    "eval.few_samples": False,  # measure a FID of fewer than 2,048 images
+    "eval.inception_weights": "",  # file of the FID's network; "random" for a trial without it
+    "eval.inception_sha256": "",  # of that file; "" = the published one, else it is no FID
+    "eval.inception_protocol": "tensorflow",  # tensorflow | pytorch_fid: how images are resized
 }
 
 # Keys that a resumed run may change: none of them decides what is trained.

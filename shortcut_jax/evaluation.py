@@ -58,8 +58,13 @@ class Evaluator:
             image_shape=setup.image_shape,
             num_classes=setup.num_classes,
         )
+        section = setup.config.eval
+        for name in section.metrics:
+            what = f"The reference {dataset.name}/{dataset.split} of {dataset.size} images"
+            metrics.check_count(name, dataset.size, what, section)
         self._extractors = {
-            name: metrics.load_extractor(name) for name in setup.config.eval.metrics
+            name: metrics.load_extractor(name, **metrics.options(name, section))
+            for name in section.metrics
         }
         self._references: dict[str, metrics.Stats] = {}
 
@@ -120,8 +125,9 @@ class Evaluator:
 
     def _record(self, name: str, value: float, step: int, num_steps: int) -> dict[str, Any]:
         setup, config, reference = self._setup, self._setup.config, self._reference(name)
+        extractor = self._extractors[name]
         return {
-            "metric": name,
+            "metric": metrics.label(name, extractor, config.eval.num_samples),
             "value": value,
             "step": step,
             "num_samples": config.eval.num_samples,
@@ -136,8 +142,8 @@ class Evaluator:
             "seed": config.eval.seed,
             **setup.space.record(),
             "quantisation": "uint8, (x+1)*127.5 rounded",
-            "resize": "none",
-            "extractor_sha256": self._extractors[name].sha256,
+            "resize": extractor.resize,
+            "extractor_sha256": extractor.sha256,
             "reference": f"{self._dataset.name}/{self._dataset.split}",
             "reference_size": self._dataset.size,
             "reference_fingerprint": self._dataset.fingerprint,

@@ -15,7 +15,9 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, data, latent_cache, sharding, spaces, state, validation
+from shortcut_jax import (
+    checkpoint, data, latent_cache, metrics, sharding, spaces, state, validation,
+)  # fmt: skip
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
@@ -57,12 +59,14 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
 
 
 def prepare(config: ConfigDict) -> Setup:
-    """Validates the config as a whole and builds the parts that touch neither data nor disk.
+    """Validates the config as a whole and builds the parts that touch no data.
 
     Raises:
       UserError: the first thing in the config that is wrong.
     """
     check(config)
+    for name in config.eval.metrics:
+        metrics.check_files(name, **metrics.options(name, config.eval))
     return build(config, sharding.make_mesh(*validation.check_devices(config, jax.device_count())))
 
 

@@ -50,7 +50,7 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """
     _check_model(config.model, spaces.shape(config, image_shape))
     _check_guidance(config.objective)
-    _check_metrics(config.eval.metrics, image_shape)
+    _check_metrics(config.eval, image_shape)
     warmup, total = config.optimizer.warmup_steps, config.total_steps
     check(
         warmup < total,
@@ -144,6 +144,7 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.on_nonfinite": ("stop", "skip"),
     "eval.params": ("ema", "online"),
+    "eval.inception_protocol": ("tensorflow", "pytorch_fid"),
 }
 
 
@@ -329,9 +330,11 @@ def _check_guidance(objective: ConfigDict) -> None:
     )
 
 
-def _check_metrics(names: tuple[str, ...], image_shape: tuple[int, int, int]) -> None:
-    for name in names:
+def _check_metrics(section: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    for name in section.metrics:
         try:
             metrics.check_metric(name, image_shape)
         except UserError as error:
-            raise UserError(f"eval.metrics={names}: {error}") from error
+            raise UserError(f"eval.metrics={section.metrics}: {error}") from error
+        what = f"eval.num_samples={section.num_samples}"
+        metrics.check_count(name, section.num_samples, what, section)

@@ -72,6 +72,7 @@ class MeanPixels:
     """An extractor of two features whose distance is easily computed; counts what it sees."""
 
     sha256 = "of no file"
+    resize = "none"
 
     def __init__(self):
         self.seen = []

@@ -4,13 +4,12 @@ They give Fréchet distances that need no download and run in seconds on a CPU. 
 only be compared with numbers of the same extractor (same sha256), and are never called FID.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.resources
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -20,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import ArrayLike
-from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.metrics.extractor import Extractor
 
 FEATURE_DIM = 64
 # Images per call of the compiled network. Fixed, so that the same program computes every image.
@@ -68,57 +67,6 @@ def scale_pixels(images: ArrayLike) -> jax.Array:
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Extractor:
-    """A trained classifier whose 64 penultimate ReLU units are the features.
-
-    Attributes:
-        name: metric name, for example "fd_digits".
-        image_shape: (H, W, C) of the images it takes.
-        feature_dim: number of features per image.
-        sha256: hash of the weight file; belongs to every number made with these features.
-        info: the record beside the weights: where they come from and how good they are.
-        forward: compiled uint8 [BATCH, H, W, C] -> features [BATCH, d] and logits.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    feature_dim: int
-    sha256: str
-    info: Mapping[str, Any]
-    forward: Callable[[NDArray[np.uint8]], tuple[jax.Array, jax.Array]] = dataclasses.field(
-        repr=False
-    )
-
-    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 images [n, H, W, C] -> float32 features [n, d].
-
-        Row i depends on image i alone. Raises UserError for another dtype or shape.
-        """
-        return self._run(images)[0]
-
-    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 images [n, H, W, C] -> float32 class logits [n, num_classes]; as `features`."""
-        return self._run(images)[1]
-
-    def _run(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
-            raise UserError(
-                f"metric={self.name!r} takes uint8 images of shape (n, "
-                f"{', '.join(map(str, self.image_shape))}), got {images.dtype} {images.shape}: "
-                "choose the metric of this data set, or quantise the images to uint8."
-            )
-        outputs = []
-        # At least one batch, so that no images give arrays of shape (0, d).
-        for start in range(0, max(len(images), 1), BATCH):
-            batch = images[start : start + BATCH]
-            padded = np.zeros((BATCH, *self.image_shape), np.uint8)
-            padded[: len(batch)] = batch
-            outputs.append([np.asarray(part)[: len(batch)] for part in self.forward(padded)])
-        features, logits = (np.concatenate(parts) for parts in zip(*outputs, strict=True))
-        return features, logits
-
-
 def load_extractor(name: str, directory: Traversable | None = None) -> Extractor:
     """Reads `<name>.json` and `<name>.npz` of `directory` (default: shipped with the package).
 
@@ -153,7 +101,8 @@ def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
 
     @jax.jit
     def forward(params, images):
-        return network.apply({"params": params}, scale_pixels(images))
+        features, logits = network.apply({"params": params}, scale_pixels(images))
+        return {"features": features, "logits": logits}
 
     return Extractor(
         name=info["name"],
@@ -161,6 +110,7 @@ def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
         feature_dim=FEATURE_DIM,
         sha256=hashlib.sha256(weights).hexdigest(),
         info=info,
+        batch=BATCH,
         forward=functools.partial(forward, params),
     )
 

@@ -1,14 +1,18 @@
 """What every feature extractor is: uint8 images in, float32 features out, whatever the batch."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
+
+if TYPE_CHECKING:  # only extractors that are loaded need jax.
+    import jax
 
 # Images a metric measures: (H, W, C), None for any size.
 ImageShape = tuple[int | None, int | None, int]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shortcut_jax.metrics import inception, inception_weights
+from shortcut_jax.metrics import inception
+from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.extractor import Extractor
 
 SIZE = inception.SIZE
@@ -80,32 +81,24 @@ def preprocess(images: jax.Array, protocol: str) -> jax.Array:
 
 
 def load_extractor(
-    name: str,
-    inception_weights: str = "",
-    inception_sha256: str = "",
-    inception_protocol: str = "tensorflow",
+    name: str, inception_protocol: str = "tensorflow", **inception_weights: str
 ) -> Extractor:
     """The extractor of the FID, on all devices of this process.
 
     Args:
         name: "fid".
-        inception_weights, inception_sha256: see `inception_weights.load`.
         inception_protocol: key of `PROTOCOLS`.
+        **inception_weights: see `inception_weights.load`.
 
     Raises:
         UserError: the weights are missing or not those asked for.
     """
-    weights = load_weights(inception_weights, inception_sha256)
+    weights = weights_lib.load(inception.weight_shapes(), **inception_weights)
     return build_extractor(weights, inception_protocol, BATCH, jax.local_devices())
 
 
-def load_weights(source: str, sha256: str = "") -> inception_weights.Weights:
-    """`inception_weights.load` for this network."""
-    return inception_weights.load(source, sha256, inception.weight_shapes())
-
-
 def build_extractor(
-    weights: inception_weights.Weights, protocol: str, batch: int, devices: Sequence[jax.Device]
+    weights: weights_lib.Weights, protocol: str, batch: int, devices: Sequence[jax.Device]
 ) -> Extractor:
     """Extractor that gives each of the devices `batch` images at a time."""
     mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)

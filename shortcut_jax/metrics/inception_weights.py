@@ -45,47 +45,69 @@ class Weights:
     arrays: Mapping[str, np.ndarray]
 
 
-def load(source: str, sha256: str, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Weights of a file, checked.
+def check(inception_weights: str = "", inception_sha256: str = "", **_: str) -> None:
+    """Refuses weights that `load` would refuse for what they are named.
 
     Args:
-        source: path of the published file, of another one with the same names (.pth or
+        inception_weights: path of the published file, of another one with the same names (.pth or
             .safetensors), or "random".
-        sha256: that the file must have; "" for that of the published file.
-        shapes: what the network needs: name -> shape.
+        inception_sha256: that the file must have; "" for that of the published file.
 
     Raises:
-        UserError: no file, another hash, not a file of weights, or not the weights of this network.
+        UserError: no file, or another hash.
     """
-    if source == RANDOM:
+    if inception_weights == RANDOM:
+        return
+    if not inception_weights or not Path(inception_weights).is_file():
+        raise UserError(
+            f"eval.inception_weights={inception_weights!r} is not a file; expected the network of "
+            f"the FID ({BYTES / 2**20:.0f} MiB): download {URLS[0]} and set that key, in the "
+            "config file, to its path."
+        )
+    found, expected = _file_sha256(inception_weights), inception_sha256 or SHA256
+    if found != expected:
+        raise UserError(
+            f"eval.inception_weights={inception_weights} has sha256 {found}, expected {expected}: "
+            "get the file again, or set eval.inception_sha256 if other weights are meant, whose "
+            "distances are then not called FID."
+        )
+
+
+def load(
+    shapes: Mapping[str, tuple[int, ...]], inception_weights: str = "", inception_sha256: str = ""
+) -> Weights:
+    """Weights that `check` accepts.
+
+    Args:
+        shapes: what the network needs: name -> shape.
+        inception_weights, inception_sha256: see `check`.
+
+    Raises:
+        UserError: what `check` refuses, or not the weights of this network.
+    """
+    check(inception_weights, inception_sha256)
+    if inception_weights == RANDOM:
         arrays = {name: random_array(name, shape) for name, shape in shapes.items()}
         digest = hashlib.sha256()
         for name in sorted(arrays):
             digest.update(name.encode() + arrays[name].tobytes())
         return Weights("fd_inception_random", digest.hexdigest(), arrays)
-    path, expected = Path(source), sha256 or SHA256
-    if not source or not path.is_file():
-        raise UserError(
-            f"eval.inception_weights={source!r} is not a file; expected the Inception-v3 of the "
-            f"FID ({BYTES / 2**20:.0f} MiB): download {URLS[0]} and set the key to its path."
-        )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise UserError(
-            f"eval.inception_weights={source} has sha256 {found}, expected {expected}: get the "
-            "file again, or set eval.inception_sha256 if other weights are meant, whose distances "
-            "are then not called FID."
-        )
-    arrays = torch_file.read(path)
+    arrays = torch_file.read(inception_weights)
     for name, shape in shapes.items():
         there = arrays[name].shape if name in arrays else None
         if there != shape:
             raise UserError(
-                f"eval.inception_weights={source} holds {name} of shape {there}, expected {shape}: "
-                "use weights of the FID's Inception-v3, pt_inception-2015-12-05."
+                f"eval.inception_weights={inception_weights} holds {name} of shape {there}, "
+                f"expected {shape}: use weights of the FID's network, pt_inception-2015-12-05."
             )
-    label = "fid" if found == SHA256 else f"fd_inception_{found[:8]}"
-    return Weights(label, found, {name: np.float32(arrays[name]) for name in shapes})
+    sha256 = _file_sha256(inception_weights)
+    label = "fid" if sha256 == SHA256 else f"fd_inception_{sha256[:8]}"
+    return Weights(label, sha256, {name: arrays[name].astype(np.float32) for name in shapes})
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_array(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -12,10 +12,12 @@ The weights are random, running statistics too, and a function of their names al
 those of scikit-learn (`load_sample_images`), cut to 256x256 in the middle.
 """
 
+import hashlib
 import io
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +71,7 @@ def main() -> None:
     def half_pixel(x, size, align_corners):
         return torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
 
-    found = {}
+    found: dict[str, Any] = {}
     for protocol, resize in zip(PROTOCOLS, (corner, half_pixel), strict=True):
         for size in SIZES:
             pixels = to_torch(photographs(*size), torch).float()
@@ -92,7 +94,9 @@ def main() -> None:
         "processor": platform.machine(),
     }
     content = io.BytesIO()
-    np.savez_compressed(content, photographs=photograph_digest(), origin=json.dumps(origin), **found)
+    np.savez_compressed(
+        content, photographs=photograph_digest(), origin=json.dumps(origin), **found
+    )
     FILE.write_bytes(content.getvalue())
     print(f"{FILE}: {len(found)} arrays, {FILE.stat().st_size / 1024:.0f} KiB, {origin}")
 
@@ -140,8 +144,6 @@ def run(network, peer, torch) -> dict[str, np.ndarray]:
 
 def photograph_digest() -> str:
     """Of the pixels: another JPEG decoder may give others."""
-    import hashlib
-
     return hashlib.sha256(photographs().tobytes()).hexdigest()
 
 
