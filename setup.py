@@ -21,6 +21,7 @@ setup(
         "jax>=0.10,<0.13",  # the versions tests run on; 0.x: a minor release may break
         "matplotlib>=3.8",  # the curve that eval draws
         "ml_collections>=1",  # config files, locked and overridable as --config.KEY=VALUE
+        "ml_dtypes>=0.5",  # bfloat16 arrays of weight files; jax needs it anyway
         "numpy>=2",  # host-side arrays, float64 statistics of the metrics; what jax 0.10 needs
         "optax>=0.2.5",  # AdamW and learning-rate schedules
         "orbax-checkpoint>=0.12.8,<0.13",  # asynchronous sharded checkpoints; 0.x as above

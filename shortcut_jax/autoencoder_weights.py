@@ -60,20 +60,28 @@ def load(weights: str, kind: str = "sd") -> Weights:
             f"autoencoder.kind={kind!r} is unknown; expected one of {', '.join(ARCHITECTURES)}."
         )
     architecture = ARCHITECTURES[kind]
-    if not weights:
-        raise UserError(f"autoencoder.weights is empty; {FIX}, or set it to {RANDOM!r} for tests.")
-    if weights == RANDOM:
+    path = find(weights)
+    if path is None:
         tensors = random_weights(architecture, seed=0)
         content = hashlib.sha256()
         for name in sorted(tensors):
             content.update(tensors[name].tobytes())
         return Weights(to_params(tensors, architecture), content.hexdigest())
+    tensors = _checked(_read(path), architecture, path)
+    return Weights(to_params(tensors, architecture), sha256_of(path))
+
+
+def find(weights: str) -> Path | None:
+    """The file that `load` would read, None for random weights (UserError if there is none)."""
+    if not weights:
+        raise UserError(f"autoencoder.weights is empty; {FIX}, or set it to {RANDOM!r} for tests.")
+    if weights == RANDOM:
+        return None
     path = Path(weights).expanduser()
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"autoencoder.weights: {path} does not exist; {FIX}.")
-    tensors = _checked(_read(path), architecture, path)
-    return Weights(to_params(tensors, architecture), sha256_of(path))
+    return path
 
 
 def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:

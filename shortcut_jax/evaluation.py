@@ -60,8 +60,9 @@ class Evaluator:
         )
         section = setup.config.eval
         for name in section.metrics:
-            what = f"The reference {dataset.name}/{dataset.split} of {dataset.size} images"
-            metrics.check_count(name, dataset.size, what, section)
+            size = self._dataset.size
+            what = f"The reference {self._dataset.name}/{self._dataset.split} of {size} images"
+            metrics.check_count(name, size, what, section)
         self._extractors = {
             name: metrics.load_extractor(name, **metrics.options(name, section))
             for name in section.metrics

@@ -16,7 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shortcut_jax import (
-    checkpoint, data, latent_cache, metrics, sharding, spaces, state, validation,
+    checkpoint,
+    data,
+    latent_cache,
+    metrics,
+    sharding,
+    spaces,
+    state,
+    validation,
 )  # fmt: skip
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
@@ -58,15 +65,20 @@ def check(config: ConfigDict) -> tuple[tuple[int, int, int], int]:
     return spaces.shape(config, image_shape), num_classes
 
 
-def prepare(config: ConfigDict) -> Setup:
+def prepare(config: ConfigDict, measures: bool = True) -> Setup:
     """Validates the config as a whole and builds the parts that touch no data.
+
+    Args:
+      config: of the run.
+      measures: samples will be measured, so the files that metrics need must be there.
 
     Raises:
       UserError: the first thing in the config that is wrong.
     """
     check(config)
-    for name in config.eval.metrics:
+    for name in config.eval.metrics if measures else ():
         metrics.check_files(name, **metrics.options(name, config.eval))
+    spaces.check_files(config)
     return build(config, sharding.make_mesh(*validation.check_devices(config, jax.device_count())))
 
 

@@ -150,6 +150,12 @@ def build(config: ConfigDict, mesh: Mesh) -> Space:
     return Latents(**config.autoencoder, mesh=mesh)
 
 
+def check_files(config: ConfigDict) -> None:
+    """Raises UserError if a file that the space needs is not there."""
+    if "autoencoder" in config:
+        autoencoder_weights.find(config.autoencoder.weights)
+
+
 def shape(config: ConfigDict, image_shape: Shape) -> Shape:
     """(H, W, C) of what the network sees, for images [H, W, C].
 

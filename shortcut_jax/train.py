@@ -140,7 +140,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     ##################################################################################
 
     origins = pretrained.find(config, resuming=run.has_checkpoint(workdir))
-    setup = run.prepare(config)
+    setup = run.prepare(config, measures=config.eval.every > 0)
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"):
@@ -183,7 +183,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     state_shape = jax.eval_shape(init_with_metrics)
     state_sharding = sharding.shard_tree(state_shape, mesh)
-    evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
+    if config.eval.every:
+        evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
 
     start = checkpoints.latest()
     if start is None:
