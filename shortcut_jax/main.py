@@ -16,7 +16,8 @@ def main() -> None:
 
     if DRY_RUN.value:
         pretrained.find(config_flag.CONFIG.value)
-        print(run.summary(run.prepare(config_flag.CONFIG.value)))
+        config = config_flag.CONFIG.value
+        print(run.summary(run.prepare(config, measures=config.eval.every > 0)))
     else:
         train.train(config_flag.CONFIG.value, cli.workdir())
 
