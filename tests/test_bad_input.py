@@ -287,7 +287,7 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("eval.steps holds 0", "at least 1"),
     ),
     "one sample": ("small", {"eval.num_samples": 1}, ("eval.num_samples=1", "2 or more")),
-    "metric": ("small", {"eval.metrics": ("fid",)}, ("eval.metrics", "'fid'", "fd_digits")),
+    "metric": ("small", {"eval.metrics": ("fid50k",)}, ("eval.metrics", "'fid50k'", "fd_digits")),
     "metric of other images": (
         "small",
         {"eval.metrics": ("fd_fashion_mnist",)},

@@ -337,6 +337,7 @@ class Recorder(Mapping):
 
 class NoExtractor:
     sha256 = ""
+    resize = "none"
 
     def features(self, images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1)[:, :3].astype(np.float64)
