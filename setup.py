@@ -41,13 +41,10 @@ setup(
             "mlcroissant>=1",  # the `tfds` command imports it
             "tensorflow>=2.16",  # those builders read their sources with it
         ],
-        "convert": [
-            "torch>=2.2",  # opens PyTorch's own pickled weight files; nothing else uses it
-        ],
         # Makes golden outputs (tests/golden/make_*.py); the tests read them and need neither.
         "parity": [
             "diffusers>=0.30",  # its AutoencoderKL is what ours must equal
-            "torch>=2.2",  # runs it
+            "torch>=2.2",  # runs it, and docs/pytorch.md, which a test runs where torch is installed
         ],
         "test": [
             "hypothesis>=6.100",  # properties over many shapes and values

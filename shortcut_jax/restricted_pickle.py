@@ -164,6 +164,7 @@ class Token(metaclass=_Sealed):
     """Stands in for a class that is only passed on, as numpy.ndarray is to what rebuilds arrays."""
 
     __slots__ = ("name",)
+    name: str
 
     def __new__(cls, name: str):
         self = super().__new__(cls)

@@ -109,7 +109,7 @@ def test_constraints_name_no_host(constraints: Path) -> None:
 
 
 def test_neither_tensorflow_nor_torch(setup_arguments: dict) -> None:
-    without = {"convert", "parity", "tfds-prepare"}
+    without = {"parity", "tfds-prepare"}
     for extra in {None, *setup_arguments["extras_require"]} - without:
         names = {canonicalize_name(r.name) for r in requirements(setup_arguments, extra)}
         assert not names & FORBIDDEN, extra

@@ -55,16 +55,16 @@ def read(path: Path) -> Checkpoint:
             f"{path} cannot be read ({error}); expected {EXPECTED}: mend the path."
         ) from error
     state = tree.get("train_state") if isinstance(tree, dict) else None
-    found = [state.get(key) for key in ("params", "params_ema")] if isinstance(state, dict) else []
-    if len(found) != 2 or not all(isinstance(params, dict) for params in found):
+    names = ("params", "params_ema")
+    if not isinstance(state, dict) or not all(isinstance(state.get(n), dict) for n in names):
         keys = sorted(map(str, tree)) if isinstance(tree, dict) else [type(tree).__name__]
         raise UserError(
             f"{path} holds no train state with params and params_ema (but "
             f"{', '.join(keys)[:100]}); expected {EXPECTED}: give such a file."
         )
     online, ema = (
-        _without_process_axis(Source(flatten(params), f"{path} ({name})", "/"))
-        for params, name in zip(found, ("params", "params_ema"), strict=True)
+        _without_process_axis(Source(flatten(state[name]), f"{path} ({name})", "/"))
+        for name in names
     )
     sizes = infer_sizes(online)
     return Checkpoint(_step(state, path), to_params(online, sizes), to_params(ema, sizes), sizes)

@@ -8,18 +8,14 @@ difference, and the converted network gives what theirs gives.
 """
 
 import math
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from shortcut_jax import restricted_pickle
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
-from shortcut_jax.restricted_pickle import Array, Call, Refused, Token
+from shortcut_jax.weights import torch_file
 from shortcut_jax.weights.tables import Sizes, Source, layer
 
 EXPECTED = "the weights of a facebookresearch/DiT, as .safetensors or as torch.save writes them"
@@ -38,11 +34,14 @@ def read(path: Path) -> tuple[dict[str, Any], Sizes]:
       UserError: it cannot be read, or is no such network.
     """
     try:
-        arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_zip(path)
-    except (OSError, zipfile.BadZipFile) as error:
+        arrays = (
+            _read_safetensors(path)
+            if path.suffix == ".safetensors"
+            else torch_file.read(path, EXPECTED)
+        )
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error}); expected {EXPECTED}: mend the path, or save it "
-            "again with a torch of 1.6 or later."
+            f"{path} cannot be read ({error}); expected {EXPECTED}: mend the path."
         ) from error
     arrays = arrays.get("ema", arrays) if isinstance(arrays, dict) else arrays
     if not isinstance(arrays, dict):
@@ -155,9 +154,6 @@ def _check_positions(source: Source, h: int) -> None:
         )
 
 
-# ---------------------------------------------------------------------- files
-
-
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -168,70 +164,3 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}); expected {EXPECTED}: fetch it again."
         ) from error
-
-
-# Storages and what rebuilds tensors from them. A storage is named by a persistent id.
-_STORAGES: Mapping[tuple[str, str], Any] = {
-    ("torch", "FloatStorage"): np.float32,
-    ("torch", "DoubleStorage"): np.float64,
-    ("torch", "HalfStorage"): np.float16,
-    ("torch", "BFloat16Storage"): ml_dtypes.bfloat16,
-    ("torch", "LongStorage"): np.int64,
-    ("torch", "IntStorage"): np.int32,
-    ("torch", "BoolStorage"): np.bool_,
-    ("torch", "ByteStorage"): np.uint8,
-}
-
-
-def _read_zip(path: Path) -> Any:
-    """What torch.load would give: PREFIX/data.pkl, and the storage KEY in PREFIX/data/KEY."""
-    with zipfile.ZipFile(path) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise UserError(
-                f"{path} is a zip file without a data.pkl; expected {EXPECTED}: give such a file."
-            )
-        folder = pickles[0].removesuffix("data.pkl")
-
-        def storage(pid):
-            kind, token, key, _, count = pid
-            if kind != "storage" or type(token) is not Token or type(key) is not str:
-                raise Refused("it refers to something that is no storage")
-            dtype = np.dtype(_STORAGES["torch", token.name])
-            info = archive.getinfo(f"{folder}data/{key}")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size < count * dtype.itemsize:
-                raise Refused(f"a storage of {count} numbers has {info.file_size} bytes")
-            return _Storage(np.frombuffer(archive.read(info), dtype, count))
-
-        names = {name: Token(name[1]) for name in _STORAGES} | _REBUILD
-        with archive.open(pickles[0]) as file:
-            return restricted_pickle.load(file, str(path), EXPECTED, names, storage)
-
-
-class _Storage:
-    __slots__ = ("values",)
-
-    def __init__(self, values: np.ndarray):
-        self.values = values
-
-
-def _tensor(storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> Array:
-    if type(storage) is not _Storage or len(shape) != len(strides):
-        raise Refused("a tensor in it has no storage")
-    numbers = (offset, *shape, *strides)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    outside = min(numbers) < 0 or (0 not in shape and last >= storage.values.size)
-    if outside or any(type(n) is not int for n in numbers):
-        raise Refused("a tensor in it reaches beyond its storage")
-    values = storage.values
-    return Array(
-        np.lib.stride_tricks.as_strided(
-            values[offset:], shape, [s * values.itemsize for s in strides], writeable=False
-        )
-    )
-
-
-_REBUILD: Mapping[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): Call(_tensor),
-    ("torch._utils", "_rebuild_parameter"): Call(lambda tensor, *_: tensor),
-}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from shortcut_jax import config as config_lib
@@ -66,7 +67,7 @@ def _sampling(objective: Objective) -> dict[str, Any]:
             continue
         explicit = objective.cfg_scale == 0 or objective.guided(n)
         steps[str(n)] = {
-            "d": float(objective.query_size(np.float32(1 / n))),
+            "d": float(objective.query_size(jnp.float32(1 / n))),
             "guidance": objective.cfg_scale if explicit else 1.0,
         }
     return {"rule": objective.sampler, "null_label": objective.null_label, "steps": steps}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from configs import digits
 from shortcut_jax import conversion, pretrained, run, sampling, state
 from shortcut_jax.errors import UserError
-from shortcut_jax.weights import dit_torch
+from shortcut_jax.weights import dit_torch, torch_file
 from tests.golden import export_cases
 from tests.sentences import assert_sentence, contents
 
@@ -42,7 +42,7 @@ def golden():
 
 def theirs(file):
     """The arrays of their EMA, by their names."""
-    return dit_torch._read_zip(file)["ema"]
+    return torch_file.read(file, "weights")["ema"]
 
 
 def zip_of(path, tree, **files):
@@ -161,7 +161,7 @@ def tensor(numbers=4, offset=0, shape=(2, 2), strides=(2, 1), kind="storage", ke
 def test_tensors_may_be_views(tmp_path):
     numbers = np.arange(6, dtype=np.float32)
     path = zip_of(tmp_path / "a.pt", tensor(6, 1, (2, 2), (1, 3)), **{"0": numbers.tobytes()})
-    np.testing.assert_array_equal(dit_torch._read_zip(path)["a"], [[1, 4], [2, 5]])
+    np.testing.assert_array_equal(torch_file.read(path, "weights")["a"], [[1, 4], [2, 5]])
 
 
 HOSTILE = {
