@@ -44,7 +44,7 @@ setup(
         # Makes golden outputs (tests/golden/make_*.py); the tests read them and need neither.
         "parity": [
             "diffusers>=0.30",  # its AutoencoderKL is what ours must equal
-            "torch>=2.2",  # runs it, and docs/pytorch.md, which a test runs where torch is installed
+            "torch>=2.2",  # runs it; and the code in docs/pytorch.md, which a test runs, too
         ],
         "test": [
             "hypothesis>=6.100",  # properties over many shapes and values

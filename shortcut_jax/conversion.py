@@ -19,7 +19,7 @@ from shortcut_jax.weights.tables import Sizes, flatten
 
 # (channels, classes) of a network to the config file of the data set that has them.
 CONFIG_FILES = {
-    (4, 1): "configs/celeba_hq.py",  # latents
+    (4, 1): "configs/celebahq.py",  # latents
     (4, 1000): "configs/imagenet.py",
     (1, 10): "configs/digits.py",
 }

@@ -27,52 +27,28 @@ class Refused(Exception):
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds dicts, lists, tuples, scalars and stand-ins of arrays; `plain` makes those arrays.
-
-    Args:
-      file: the pickle.
-      names: (module, name) to what stands in for it, besides TABLE.
-      persistent: what a persistent id stands for; by default they are refused.
-    """
-
-    def __init__(
-        self,
-        file: IO[bytes],
-        names: Mapping[tuple[str, str], Any] | None = None,
-        persistent: Callable[[Any], Any] | None = None,
-    ):
-        super().__init__(file)
-        self._names = {**TABLE, **(names or {})}
-        self._persistent = persistent
+    """Builds dicts, lists, tuples, scalars and stand-ins of arrays; `plain` makes those arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._names:
-            return self._names[module, name]
+        if (module, name) in TABLE:
+            return TABLE[module, name]
         # Optimizer states are named tuples, a dozen classes whose modules have moved.
         if re.fullmatch(r"optax(\.\w+)*", module) and re.fullmatch(r"\w*State", name):
             return _Fields
-        raise Refused(f"it names {module}.{name}")
+        shown = ascii(f"{module}.{name}"[:100])[1:-1]  # may hold anything, such as new lines
+        raise Refused(f"it names {shown}")
 
     def persistent_load(self, pid: Any) -> Any:
-        if self._persistent is None:
-            raise Refused("it refers to objects outside of the file")
-        return self._persistent(pid)
+        raise Refused("it refers to objects outside of the file")
 
 
-def load(
-    file: IO[bytes],
-    source: str,
-    expected: str,
-    names: Mapping[tuple[str, str], Any] | None = None,
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:
+def load(file: IO[bytes], source: str, expected: str) -> Any:
     """Reads one pickle. It takes as much memory as the file is large.
 
     Args:
       file: opened for binary reading.
       source: name of the file, for the sentence of an error.
       expected: what it should be, for the sentence of an error.
-      names, persistent: see `Unpickler`.
 
     Returns:
       Dicts, lists, tuples, numbers, text, bytes and numpy arrays (read-only).
@@ -81,7 +57,7 @@ def load(
       UserError: it is no pickle, is damaged, or asks for anything else.
     """
     try:
-        return plain(Unpickler(file, names, persistent).load())
+        return plain(Unpickler(file).load())
     except Refused as error:
         raise UserError(
             f"{source} is refused: {error}, and only arrays and plain containers are read, because "
@@ -185,7 +161,7 @@ class Dict(dict, metaclass=_Sealed):
 
 
 class _Fields(metaclass=_Sealed):
-    """A named tuple (its fields in order) or an object (a dict of its attributes)."""
+    """A named tuple: its fields, in order."""
 
     __slots__ = ("fields",)
 
@@ -195,9 +171,7 @@ class _Fields(metaclass=_Sealed):
         return self
 
     def __setstate__(self, state):
-        if type(state) is not dict or self.fields:
-            raise Refused("an object in it has a state that is no dict")
-        self.fields = state
+        raise Refused("a named tuple in it has a state")
 
 
 class DType(metaclass=_Sealed):
@@ -322,7 +296,6 @@ TABLE: Mapping[tuple[str, str], Any] = {
     ("jax._src.device_array", "reconstruct_device_array"): Call(_jax_array),
     ("collections", "OrderedDict"): _DICT,
     ("flax.core.frozen_dict", "FrozenDict"): _DICT,
-    ("argparse", "Namespace"): _Fields,
     ("_codecs", "encode"): Call(_latin1),
     ("__builtin__", "bytes"): Call(lambda: b""),  # as protocols 0 to 2 write no bytes at all
 }

@@ -66,13 +66,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors, which is not installed; expected it: run "
-            "pip install 'shortcut_jax[convert]'."
-        ) from error
+    from safetensors.numpy import load_file
+
     return load_file(path)
 
 

@@ -234,7 +234,7 @@ def test_without_config_the_data_set_is_found_by_the_shapes(monkeypatch):
         sizes = conversion.Sizes(2, hidden, depth, 4.0, channels, classes)
         conversion._config_for(sizes, Path("FILE"), "authors_code")
     assert found == [
-        "configs/celeba_hq.py:authors_code,model=B/2",
+        "configs/celebahq.py:authors_code,model=B/2",
         "configs/imagenet.py:authors_code,model=XL/2",
     ]
     with pytest.raises(UserError) as caught:

@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from shortcut_jax import torch_file
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
-from shortcut_jax.weights import torch_file
 from shortcut_jax.weights.tables import Sizes, Source, layer
 
-EXPECTED = "the weights of a facebookresearch/DiT, as .safetensors or as torch.save writes them"
 LAST_LEVEL = 999
 FREQUENCIES = 128
 
 
 def read(path: Path) -> tuple[dict[str, Any], Sizes]:
-    """Reads weights; of a training checkpoint its EMA. No code in the file is run.
+    """Reads weights, as torch.save or safetensors write them. No code in the file is run.
 
     Returns:
       Parameters as `DiT` has them under the default switches, float32 numpy arrays; what embeds the
@@ -33,22 +32,7 @@ def read(path: Path) -> tuple[dict[str, Any], Sizes]:
     Raises:
       UserError: it cannot be read, or is no such network.
     """
-    try:
-        arrays = (
-            _read_safetensors(path)
-            if path.suffix == ".safetensors"
-            else torch_file.read(path, EXPECTED)
-        )
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); expected {EXPECTED}: mend the path."
-        ) from error
-    arrays = arrays.get("ema", arrays) if isinstance(arrays, dict) else arrays
-    if not isinstance(arrays, dict):
-        raise UserError(
-            f"{path} holds no dict of weights but a {type(arrays).__name__}; expected {EXPECTED}: "
-            "give such a file."
-        )
+    arrays = torch_file.read(path)
     source = Source(arrays, str(path), ".")
     sizes = infer_sizes(source)
     return to_params(source, sizes), sizes
@@ -152,15 +136,3 @@ def _check_positions(source: Source, h: int) -> None:
             f"{source.name} has a position embedding of its own; expected DiT's fixed one, which "
             "this network computes: give weights that were trained with it."
         )
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return dict(load_file(path))
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}); expected {EXPECTED}: fetch it again."
-        ) from error
