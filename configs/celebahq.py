@@ -12,12 +12,13 @@ where its released code has others).
 
   python -m shortcut_jax.prepare --source=celeba_hq_256.zip --name=celebahq --preset=celebahq
   python -m shortcut_jax.download sd-vae-ft-mse --out=vae.safetensors
+  python -m shortcut_jax.download inception-2015-12-05 --out=inception.pth
   python -m shortcut_jax.cache_latents --config=configs/celebahq.py --out=/data/latents \
       --config.autoencoder.weights=vae.safetensors
   python -m shortcut_jax.main --config=configs/celebahq.py --workdir=runs/celebahq \
       --config.autoencoder.weights=vae.safetensors --config.data.latents=/data/latents
   python -m shortcut_jax.eval --config=configs/celebahq.py --workdir=runs/celebahq \
-      --config.autoencoder.weights=vae.safetensors
+      --config.autoencoder.weights=vae.safetensors --config.eval.inception_weights=inception.pth
 
 Data: the folder or zip of 30,000 images that is handed round, or TFDS's celeb_a_hq/256 with
 --config.data.builder=celeb_a_hq/256 (docs/data.md). Other rows:

@@ -11,12 +11,13 @@ where its released code has others).
   cost             800,000 updates of 256 images, 162 epochs; each row 3.5 forward passes
 
   python -m shortcut_jax.download sd-vae-ft-mse --out=vae.safetensors
+  python -m shortcut_jax.download inception-2015-12-05 --out=inception.pth
   python -m shortcut_jax.cache_latents --config=configs/imagenet.py --out=/data/latents \
       --config.autoencoder.weights=vae.safetensors
   python -m shortcut_jax.main --config=configs/imagenet.py --workdir=runs/imagenet \
       --config.autoencoder.weights=vae.safetensors --config.data.latents=/data/latents
   python -m shortcut_jax.eval --config=configs/imagenet.py --workdir=runs/imagenet \
-      --config.autoencoder.weights=vae.safetensors
+      --config.autoencoder.weights=vae.safetensors --config.eval.inception_weights=inception.pth
 
 Data: TFDS's imagenet2012 as array_record, or a folder or zip of images (docs/data.md). Other rows:
 --config=configs/imagenet.py:objective=flow_matching.

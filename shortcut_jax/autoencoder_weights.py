@@ -19,8 +19,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import sha256_of
 from shortcut_jax.models.autoencoder import ARCHITECTURES, Architecture, Autoencoder
-from shortcut_jax.published import sha256_of
 
 FILE_NAME = "diffusion_pytorch_model.safetensors"
 RANDOM = "random"

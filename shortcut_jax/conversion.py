@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from shortcut_jax import checkpoint, cli, config_flag, run, sharding, state, trained
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
-from shortcut_jax.logs import write_atomically
+from shortcut_jax.files import write_atomically
 from shortcut_jax.weights import authors, dit_torch, exported
 from shortcut_jax.weights.tables import Sizes, flatten
 

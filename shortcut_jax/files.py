@@ -1,5 +1,6 @@
 """Files: read and written whole."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -36,3 +37,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"{path} cannot be read as JSON ({error}); expected {what}: restore it, or use "
             "another --workdir."
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ posterior, not scaled) and the label. Shards are independent, so any number of p
 them and a killed one loses no more than the shard it was at.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from shortcut_jax import manifest
 from shortcut_jax.data import pipeline
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import read_json
+from shortcut_jax.files import read_json, sha256_of
 from shortcut_jax.spaces import Latents
 
 SHARD_ROWS = 4096
@@ -150,9 +149,9 @@ def verify(folder: Path) -> int:
     found = _read_manifest(folder)
     for shard, path in enumerate(_finished_shards(folder, found)):
         recorded = _read_sidecar(folder, shard)["sha256"]
-        if _sha256(path) != recorded:
+        if sha256_of(path) != recorded:
             raise UserError(
-                f"{path} is damaged (sha256 {_sha256(path)}, when written {recorded}); expected "
+                f"{path} is damaged (sha256 {sha256_of(path)}, when written {recorded}); expected "
                 f"what was written: remove it and {_sidecar(folder, shard).name}, and run "
                 "cache_latents again, which makes that shard anew."
             )
@@ -207,7 +206,7 @@ def _make_shard(
             for row in rows:
                 writer.write(row.tobytes())
         writer.close()
-        size, sha256 = unfinished.stat().st_size, _sha256(unfinished)
+        size, sha256 = unfinished.stat().st_size, sha256_of(unfinished)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what ArrayRecord raises
         raise UserError(
@@ -277,8 +276,3 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 def _sidecar(folder: Path, shard: int) -> Path:
     return _shard_path(folder, shard).with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import hashlib
 import http.client
 import os
 import urllib.error
@@ -14,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import sha256_of
 
 CHUNK = 2**20  # bytes
 TIMEOUT = 60  # seconds without a byte
@@ -47,6 +47,14 @@ PUBLISHED = {
         "f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors",
         "32db726da04f06c1b6b14c0043ce115cc87a501482945c5add89a40d838fcb46",
         334_643_276,
+    ),
+    # The FID's network, which pytorch-fid and torch-fidelity both load, made from TensorFlow's of
+    # 2015-12-05. torch-fidelity's release v0.2.0 has the same bytes.
+    "inception-2015-12-05": Published(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        95_628_359,
     ),
 }
 
@@ -99,12 +107,6 @@ def fetch(published: Published, out: Path, open_url: Open | None = None) -> None
             f"goes on with {part.name} if there is one, give a mirror as --url, or copy the file "
             "from elsewhere."
         ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lock(file: Any, part: Path) -> None:

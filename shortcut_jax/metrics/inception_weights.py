@@ -14,17 +14,11 @@ import numpy as np
 
 from shortcut_jax import torch_file
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import sha256_of
+from shortcut_jax.published import PUBLISHED
 
-# The file that pytorch-fid and torch-fidelity both load, made from TensorFlow's graph of
-# 2015-12-05. Both release pages serve the same bytes.
-URLS = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth",
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
-)
-SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-BYTES = 95_628_359
+NAME = "inception-2015-12-05"
+SHA256 = PUBLISHED[NAME].sha256
 
 # Named in place of a file: weights that measure nothing, made on the spot.
 RANDOM = "random"
@@ -61,10 +55,10 @@ def check(inception_weights: str = "", inception_sha256: str = "", **_: str) -> 
     if not inception_weights or not Path(inception_weights).is_file():
         raise UserError(
             f"eval.inception_weights={inception_weights!r} is not a file; expected the network of "
-            f"the FID ({BYTES / 2**20:.0f} MiB): download {URLS[0]} and set that key, in the "
-            "config file, to its path."
+            f"the FID: python -m shortcut_jax.download {NAME} --out=FILE fetches it; set that key, "
+            "in the config file, to its path."
         )
-    found, expected = _file_sha256(inception_weights), inception_sha256 or SHA256
+    found, expected = sha256_of(Path(inception_weights)), inception_sha256 or SHA256
     if found != expected:
         raise UserError(
             f"eval.inception_weights={inception_weights} has sha256 {found}, expected {expected}: "
@@ -100,14 +94,9 @@ def load(
                 f"eval.inception_weights={inception_weights} holds {name} of shape {there}, "
                 f"expected {shape}: use weights of the FID's network, pt_inception-2015-12-05."
             )
-    sha256 = _file_sha256(inception_weights)
+    sha256 = sha256_of(Path(inception_weights))
     label = "fid" if sha256 == SHA256 else f"fd_inception_{sha256[:8]}"
     return Weights(label, sha256, {name: arrays[name].astype(np.float32) for name in shapes})
-
-
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def random_array(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -14,6 +14,7 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.metrics import fid
 from shortcut_jax.metrics import inception_weights as lib
 from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.published import PUBLISHED
 from tests.sentences import assert_sentence
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,7 +46,7 @@ def test_only_the_published_file_makes_a_fid(monkeypatch):
 def test_the_published_file_is_the_one_that_pytorch_fid_names():
     """torch.hub puts the first digits of a file's hash into its name."""
     assert len(lib.SHA256) == 64 and lib.SHA256.startswith("6726825d")
-    assert all(url.endswith(f"inception-2015-12-05-{lib.SHA256[:8]}.pth") for url in lib.URLS)
+    assert PUBLISHED[lib.NAME].url.endswith(f"inception-2015-12-05-{lib.SHA256[:8]}.pth")
 
 
 def test_other_weights_are_refused_unless_asked_for(tmp_path):
@@ -58,7 +59,9 @@ def test_other_weights_are_refused_unless_asked_for(tmp_path):
 @pytest.mark.parametrize("path", ["", "absent.pth", str(GOLDEN)])
 def test_a_missing_file_says_where_it_is(path):
     text = refusal(lib.check, path)
-    assert_sentence(text, (f"eval.inception_weights={path!r}", "91 MiB", lib.URLS[0], "set that"))
+    assert_sentence(
+        text, (f"eval.inception_weights={path!r}", f"shortcut_jax.download {lib.NAME}", "set that")
+    )
 
 
 @pytest.mark.parametrize(
