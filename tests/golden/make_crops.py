@@ -4,8 +4,8 @@
 
 Resampling here is a sum over all source pixels with weights taken from the definition of the
 filter, normalised to one; nothing of Pillow or TensorFlow is called. Sources are cuts of the two
-photographs that scikit-learn ships (china.jpg by Thomas Schmitt-Bayern / flower.jpg by dany13, both
-CC BY 2.0), stored beside the result, so that neither a decoder nor scikit-learn plays a part.
+photographs that scikit-learn ships (china.jpg by danielbuechele, flower.jpg by vultilion, both on
+Flickr under CC BY 2.0), stored beside the result, so that no decoder plays a part.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def adm(image, size):
 
 
 def authors(image, size):
-    """Not rounded: what tf.image.resize(antialias=True) returns, up to float32."""
+    """Not rounded; TensorFlow 2.21's tf.image.resize(antialias=True) is within 2e-4 of it."""
     square = middle(image.astype(float), min(image.shape[:2]))
     return resample(square, size, size, triangle, lambda image: image)
 
