@@ -77,7 +77,7 @@ def import_exported(path: Path, out: Path) -> ConfigDict:
     _check_free(out)
     params, description = exported.read(path)
     config = run.resolve(description["config"], path / exported.ARCHITECTURE)
-    _check_shapes(run.prepare(config), params, path / exported.WEIGHTS)
+    _check_shapes(_setup(config), params, path / exported.WEIGHTS)
     _write_run(config, out, path / exported.WEIGHTS, description["step"], params, params)
     return config
 
@@ -167,7 +167,12 @@ def _check_network(config: ConfigDict, sizes: Sizes, params: Any, path: Path) ->
             "same sizes: change them with model=SIZE/PATCH in the argument, or with "
             "--config.model.KEY=VALUE."
         )
-    _check_shapes(run.prepare(config), params, path)
+    _check_shapes(_setup(config), params, path)
+
+
+def _setup(config: ConfigDict) -> run.Setup:
+    """Without the files that evaluation needs: they need not be here to convert weights."""
+    return run.build(config, sharding.make_mesh(jax.device_count(), 1))
 
 
 def _check_shapes(setup: run.Setup, params: Any, path: Path) -> None:

@@ -250,6 +250,6 @@ def test_the_config_files_named_here_are_of_such_data():
     for (channels, classes), file in conversion.CONFIG_FILES.items():
         if not Path(file).is_file():
             continue
-        setup = run.prepare(conversion.config_flag.load(file))
+        setup = conversion._setup(conversion.config_flag.load(file))
         assert (setup.image_shape[-1], setup.num_classes) == (channels, classes)
         assert config_lib.flatten(setup.config)["data.name"]

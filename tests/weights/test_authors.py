@@ -155,6 +155,20 @@ def test_a_run_starts_from_it(converted):
     np.testing.assert_array_equal(found["output"]["kernel"], expected)
 
 
+def test_a_network_of_latents_becomes_a_run_of_its_data_set(tmp_path):
+    with np.load(GOLDEN / "authors_outputs.npz") as golden:
+        shapes = json.loads(str(golden["XL/sizes"]))["shapes"]
+    params = unflatten({k: philox.parameter(f"XL/{k}", tuple(s)) for k, s in shapes.items()})
+    state_dict = {"params": params, "params_ema": params, "step": np.int32(3)}
+    path = write(tmp_path, {"train_state": state_dict, "_timestamp": 0.0})
+    config = load_config("configs/celebahq.py:authors_code")
+    config.model.update(hidden_size=144, depth=3, num_heads=2)
+    conversion.import_authors(path, tmp_path / "out", config)  # without the other weights
+    found = run.restore_config(tmp_path / "out")
+    assert config_lib.flatten(found) == config_lib.flatten(config)
+    assert found.objective.cfg_scale == 0 and found.model.attention_scale == "linear"
+
+
 def test_the_paths_their_code_writes(content, file, tmp_path):
     folder = tmp_path / "celeba400001"  # where a local file should be, their code makes a folder
     folder.mkdir()
