@@ -21,6 +21,14 @@ RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
+def photographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with the prepared set of `tests.photographs`."""
+    from tests import photographs
+
+    return photographs.prepare(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="session")
 def run_python() -> RunPython:
     """`run_python(args, env={}, devices=1, timeout=120)`: Python from the repository's root.
 

@@ -15,6 +15,7 @@ import configs
 from configs import digits
 from shortcut_jax import config as config_lib
 from shortcut_jax import data, metrics, objectives, run, train, validation
+from shortcut_jax.data import fashion_mnist
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
 from tests.sentences import assert_sentence
@@ -161,7 +162,8 @@ def test_every_config_file_is_valid(name, variant, arg):
     if (variant, arg) == ("small", "authors_code"):
         config.batch_size = 64  # its stratified step sizes need at least 56
     if "autoencoder" in config:
-        config.autoencoder.weights = "random"  # the user names the file
+        config.autoencoder.weights = "random"  # the user names the files
+        config.eval.inception_weights = "random"
     run.prepare(config)
 
 
@@ -343,23 +345,37 @@ class NoExtractor:
         return images.reshape(len(images), -1)[:, :3].astype(np.float64)
 
 
-def test_every_key_is_read(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     """A key that only validation looks at would be a promise that nothing keeps."""
-    config = digits.get_config("small,objective=flow_matching")  # quick to compile
+    config = load(name, "small,objective=flow_matching")  # quick to compile
+    latents = "autoencoder" in config
     config.update_from_flattened_dict(
         {
             "total_steps": 2, "batch_size": 4, "model.hidden_size": 4, "model.num_heads": 1,
-            "model.patch_size": 8, "optimizer.warmup_steps": 0, "eval.every": 2,
+            "model.patch_size": 4 if latents else 8, "optimizer.warmup_steps": 0, "eval.every": 2,
             "eval.num_samples": 8, "eval.batch_size": 8, "log.tensorboard": False,
-            "data.data_dir": str(tmp_path / "data"),
+            "data.data_dir": str(photographs_dir if latents else tmp_path / "data"),
         }
     )  # fmt: skip
+    if latents:
+        files = {"inception_weights": "random", "few_samples": True}
+        config.eval.update(metrics=("fid",), **files)
+
+    def toy_images(builder):
+        assert str(builder._idx_dir) == config.data.idx_dir
+        image = np.zeros((8, 28, 28, 1), np.uint8)
+        return {split: (image, np.arange(8)) for split in ("train", "test")}
+
+    if name == "fashion_mnist":
+        config.data.idx_dir = str(tmp_path / "idx")
+        monkeypatch.setattr(fashion_mnist.FashionMnistIdx, "read_arrays", toy_images)
     flat = config_lib.flatten(config)
     monkeypatch.setattr(validation, "check_values", lambda config: None)
     monkeypatch.setattr(validation, "validate", lambda config, image_shape: None)
     monkeypatch.setattr(validation, "check_devices", lambda config, n: (n, 1))
     monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
-    monkeypatch.setattr(metrics, "load_extractor", lambda name: NoExtractor())
+    monkeypatch.setattr(metrics, "load_extractor", lambda name, **options: NoExtractor())
     read: set[str] = set()
     train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
 

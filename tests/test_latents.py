@@ -12,7 +12,7 @@ import pytest
 
 from configs import imagenet
 from shortcut_jax import autoencoder_weights, latent_cache, rng, run, sharding, spaces
-from shortcut_jax.data import image_files, pipeline, preparing
+from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
 from tests.photographs import write_folder
@@ -30,22 +30,9 @@ def small_shards():
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    source = image_files.Source(write_folder(folder / "jpegs"), "")
-    preparing.prepare(
-        preparing.Request(
-            source=source, name="photographs", split="train", data_dir=folder, labels="folders",
-            counts=(COUNT,), workers=0, skip_corrupt=False,
-        )
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def setup(data_dir):
+def setup(photographs_dir):
     config = imagenet.get_config("small")
-    config.data.data_dir = str(data_dir)
+    config.data.data_dir = str(photographs_dir)
     return run.prepare(config)
 
 
