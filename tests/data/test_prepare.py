@@ -386,9 +386,6 @@ def test_folder_without_permission(folder, tmp_path):
     refused(request(folder, tmp_path), WNIDS[0], "cannot be listed")
 
 
-# ------------------------------------------------------------------ the command
-
-
 def test_command(folder, tmp_path, run_python):
     corrupt(folder)
     command = ["-m", "shortcut_jax.prepare", f"--source={folder}", "--name=mine", "--split=test"]
