@@ -338,7 +338,7 @@ class Recorder(Mapping):
 
 
 class NoExtractor:
-    sha256 = ""
+    name, sha256 = "fd", ""
     resize = "none"
 
     def features(self, images: np.ndarray) -> np.ndarray:
