@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from shortcut_jax import cli, config_flag
+from shortcut_jax import config_flag, workdir_flag
 from shortcut_jax.errors import UserError
 
 SEEDS = flags.DEFINE_integer("seeds", 1, "Train each with the seeds 0, 1 ... SEEDS-1.", 1)
@@ -44,7 +44,7 @@ def main() -> None:
     """Trains and evaluates what is missing, and writes the comparison."""
     from shortcut_jax import experiment, run
 
-    workdir = Path(cli.workdir())
+    workdir = Path(workdir_flag.workdir())
     names = ONLY.value or list(ABLATIONS)
     for name in names:
         if name not in ABLATIONS:

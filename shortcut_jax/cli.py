@@ -1,4 +1,4 @@
-"""What the binaries share: the flag --workdir, and errors as one sentence without a traceback."""
+"""What the binaries share: flags, and errors as one sentence without a traceback."""
 
 import logging as stdlib_logging
 import re
@@ -11,8 +11,6 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from shortcut_jax.errors import UserError
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 Parser = Callable[[Sequence[str]], list[str]]
 
@@ -41,17 +39,6 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
         )
     )
     app.run(guarded, flags_parser=parse or parse_flags)
-
-
-def workdir() -> str:
-    """--workdir.
-
-    Raises:
-      UserError: it is missing.
-    """
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing; give the folder of the run, e.g. --workdir=runs/a.")
-    return WORKDIR.value
 
 
 def fail(sentence: str) -> NoReturn:

@@ -90,7 +90,7 @@ OPTIONAL: dict[str, Any] = {
     "data.num_classes": 1000,  # 1 = unlabelled: every label is 0
     "data.workers": 0,  # processes that decode; 0 = threads of this process
     "data.latents": "",  # folder made by shortcut_jax.cache_latents; "" encodes every batch
-    # With this section the network works on latents, docs/latents.md.
+    # With this section the network works on latents, docs/autoencoder.md.
     "autoencoder.kind": "sd",  # sd | tiny (for tests)
     "autoencoder.weights": "",  # path of diffusion_pytorch_model.safetensors, or "random"
     "autoencoder.scale": 0.18215,  # latents times this have variance about 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from shortcut_jax import cli, config_flag
+from shortcut_jax import cli, config_flag, workdir_flag
 from shortcut_jax.errors import UserError
 
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest if not given.")
@@ -23,7 +23,7 @@ def main() -> None:
 
     from shortcut_jax import checkpoint, evaluation, run
 
-    config, workdir = config_flag.CONFIG.value, cli.workdir()
+    config, workdir = config_flag.CONFIG.value, workdir_flag.workdir()
     samples = Path(SAVE_SAMPLES.value) if SAVE_SAMPLES.value else None
     if samples and (samples.suffix != ".npz" or samples.is_dir()):
         raise UserError(

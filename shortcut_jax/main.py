@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from shortcut_jax import cli, config_flag
+from shortcut_jax import config_flag, workdir_flag
 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the resolved config, parameters, mesh and batch per device, and stop."
@@ -19,7 +19,7 @@ def main() -> None:
         config = config_flag.CONFIG.value
         print(run.summary(run.prepare(config, measures=config.eval.every > 0)))
     else:
-        train.train(config_flag.CONFIG.value, cli.workdir())
+        train.train(config_flag.CONFIG.value, workdir_flag.workdir())
 
 
 if __name__ == "__main__":

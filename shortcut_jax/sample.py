@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from shortcut_jax import cli
+from shortcut_jax import cli, workdir_flag
 from shortcut_jax.errors import UserError
 
 STEPS = flags.DEFINE_list(
@@ -38,7 +38,7 @@ def main() -> None:
     """Loads the model, checks what is asked for, samples and writes."""
     from shortcut_jax import sampling
 
-    out, workdir = Path(OUT.value), cli.workdir()
+    out, workdir = Path(OUT.value), workdir_flag.workdir()
     if out.suffix not in (".png", ".npz") or out.is_dir():
         raise UserError(
             f"--out={out} names neither a .png nor an .npz file; expected one to write: give, for "

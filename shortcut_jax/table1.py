@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from shortcut_jax import cli, config_flag
+from shortcut_jax import config_flag, workdir_flag
 from shortcut_jax.errors import UserError
 
 SEEDS = flags.DEFINE_integer("seeds", 1, "Train every row with the seeds 0, 1 ... SEEDS-1.", 1)
@@ -28,7 +28,7 @@ def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
     from shortcut_jax import budget, experiment, objectives, run, table1_report, validation
 
-    workdir = Path(cli.workdir()).absolute()  # teachers are named by it
+    workdir = Path(workdir_flag.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)
     for row in rows:
         if row not in objectives.OBJECTIVES:

@@ -14,14 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from shortcut_jax import cli, config_flag, main
+from shortcut_jax import config_flag, main, workdir_flag
 from shortcut_jax.data import pipeline
 
 make_batches = pipeline.batches
 
 
 def recorded_batches(dataset, *, start_step, **settings):
-    workdir, every = Path(cli.workdir()), config_flag.CONFIG.value.checkpoint.every
+    workdir, every = Path(workdir_flag.workdir()), config_flag.CONFIG.value.checkpoint.every
     iterator = make_batches(dataset, start_step=start_step, **settings)
     for step, batch in enumerate(iterator, start_step):
         if str(step) == os.environ.get("KILL_AT_STEP"):
