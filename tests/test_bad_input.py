@@ -16,7 +16,16 @@ from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from configs import digits, fashion_mnist
-from shortcut_jax import checkpoint, config_flag, metrics, objectives, run, train, validation
+from shortcut_jax import (
+    checkpoint,
+    config_flag,
+    main,
+    metrics,
+    objectives,
+    run,
+    train,
+    validation,
+)  # fmt: skip
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from tests.sentences import assert_sentence, contents
@@ -45,7 +54,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ConfigDict]:
         was_parsed = flags.FLAGS.is_parsed()
         with flagsaver.flagsaver():
             try:
-                config_flag.parse(argv)
+                main.config_flag.parse(argv)  # with the flags of that binary
                 return config_flag.CONFIG.value
             finally:
                 if not was_parsed:
