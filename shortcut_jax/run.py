@@ -24,7 +24,7 @@ from shortcut_jax import (
     spaces,
     state,
     validation,
-)  # fmt: skip
+)
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError

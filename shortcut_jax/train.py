@@ -24,7 +24,7 @@ from shortcut_jax import (
     sharding,
     spaces,
     state,
-)  # fmt: skip
+)
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError

@@ -25,7 +25,7 @@ from shortcut_jax import (
     run,
     train,
     validation,
-)  # fmt: skip
+)
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from tests.sentences import assert_sentence, contents
@@ -466,7 +466,7 @@ def tiny(data_dir: str, **overrides: Any) -> ConfigDict:
         ({"data_dir": "gs://a/b"}, ("data_dir=gs://a/b", "expected a local folder", "set")),
         ({"data_dir": "a_file/x"}, ("data_dir=a_file/x", "expected a local folder", "set")),
     ],
-)  # fmt: skip
+)
 def test_missing_data(monkeypatch, tmp_path, data, fragments):
     monkeypatch.chdir(tmp_path)
     Path("a_file").write_text("")
