@@ -56,6 +56,7 @@ def main() -> None:
         dtype=DTYPE.value,
         batch_size=BATCH_SIZE.value,
         task=task,
+        num_workers=config.data.workers,
     )
     others = f"; {left} shards are left to other tasks" if left else ""
     logging.info("Latents of %d images are in %s%s.", images.size, folder, others)

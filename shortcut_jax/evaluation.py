@@ -7,6 +7,7 @@ features of each metric; every number written with its whole protocol.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from shortcut_jax import checkpoint, data, metrics, pictures, run, sampling, sharding, state
+from shortcut_jax.data import pipeline
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.files import write_atomically
 from shortcut_jax.logs import MetricLogger
@@ -112,10 +114,11 @@ class Evaluator:
     def _reference(self, name: str) -> metrics.Stats:
         if name not in self._references:
             moments = metrics.Moments()
-            for first in range(0, self._dataset.size, 1000):
-                indices = np.arange(first, min(first + 1000, self._dataset.size))
-                rows = self._dataset.rows(indices)
-                moments.update(self._extractors[name].features(rows["image"]))
+            workers = self._setup.config.data.get("workers", 0)
+            size = min(1000, 2**25 // math.prod(self._dataset.image_shape))  # up to 32 MiB
+            with pipeline.reading(self._dataset, workers) as images:
+                for rows in pipeline.in_order(images, 0, images.size, size, max(2, workers)):
+                    moments.update(self._extractors[name].features(rows["image"]))
             self._references[name] = metrics.Stats(moments.mean, moments.cov)
         return self._references[name]
 

@@ -58,6 +58,7 @@ def make(
     dtype: str = "float16",
     batch_size: int = 64,
     task: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
 ) -> int:
     """Makes the shards that are missing, of those that are this task's.
 
@@ -69,6 +70,7 @@ def make(
       moments_shape: (h, w, 2c).
       dtype: key of DTYPES, what moments are stored as.
       task: (k, n): makes every n-th shard from the k-th.
+      num_workers: processes that read and decode; 0 for threads.
 
     Returns:
       Number of shards that other tasks have still to make.
@@ -87,10 +89,15 @@ def make(
     }
     manifest.claim(folder, whole, "latents", "*.arrayrecord", FIX)
     shards = range(-(-images.size // SHARD_ROWS))
-    for done, shard in enumerate(list(shards)[task[0] :: task[1]]):
-        if not _sidecar(folder, shard).exists():
-            _make_shard(folder, shard, images, encode, _record(moments_shape, dtype), batch_size)
-        logging.info("Latents: %d of %d shards.", done + 1, len(shards[task[0] :: task[1]]))
+    mine = shards[task[0] :: task[1]]
+    with pipeline.reading(images, num_workers) as read:
+        for done, shard in enumerate(mine):
+            if not _sidecar(folder, shard).exists():
+                first, last = shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, images.size)
+                batches = pipeline.in_order(read, first, last, batch_size, max(2, num_workers))
+                records = _encoded(batches, encode, _record(moments_shape, dtype), first)
+                _write_shard(folder, shard, records)
+            logging.info("Latents: %d of %d shards.", done + 1, len(mine))
     return sum(not _sidecar(folder, shard).exists() for shard in shards)
 
 
@@ -191,39 +198,39 @@ def _record(moments_shape: tuple[int, ...], dtype: str) -> np.dtype:
     return np.dtype([("moments", DTYPES[dtype], moments_shape), ("label", "<i4")])
 
 
-def _make_shard(
-    folder: Path, shard: int, images: Dataset, encode: Encode, record: np.dtype, batch_size: int
-) -> None:
+def _write_shard(folder: Path, shard: int, records: Iterator[np.ndarray]) -> None:
     from array_record.python import array_record_module
 
-    path = _shard_path(folder, shard)
+    path, count = _shard_path(folder, shard), 0
     unfinished = path.with_suffix(".unfinished")
-    first, last = shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, images.size)
     try:
         # Moments do not compress, and one record in a group is what random access reads fastest.
         writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
-        for rows in _encoded(images, encode, record, first, last, batch_size):
-            for row in rows:
-                writer.write(row.tobytes())
+        for some in records:
+            count += len(some)
+            for record in some:
+                writer.write(record.tobytes())
         writer.close()
         size, sha256 = unfinished.stat().st_size, sha256_of(unfinished)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: what ArrayRecord raises
         raise UserError(
-            f"{path} cannot be written ({error}); expected room for about "
-            f"{2 * (last - first) * record.itemsize / 2**20:.0f} MiB: make room or choose another "
-            "folder; finished shards are kept."
+            f"{path} cannot be written ({error}); expected room for it: make room or choose "
+            "another folder; finished shards are kept."
         ) from error
-    sidecar = {"rows": last - first, "bytes": size, "sha256": sha256}
+    sidecar = {"rows": count // 2, "bytes": size, "sha256": sha256}
     manifest.write(_sidecar(folder, shard), json.dumps(sidecar).encode())
 
 
 def _encoded(
-    images: Dataset, encode: Encode, record: np.dtype, first: int, last: int, batch_size: int
+    batches: Iterator[Rows], encode: Encode, record: np.dtype, first: int
 ) -> Iterator[np.ndarray]:
-    """Records of image, mirror, image, mirror ... of the rows first ... last - 1."""
-    for begin in range(first, last, batch_size):
-        rows = images.rows(np.arange(begin, min(begin + batch_size, last)))
+    """Records of image, mirror, image, mirror ... of batches of images, the first of index `first`.
+
+    Raises:
+      UserError: moments that the type of the records cannot hold.
+    """
+    for rows in batches:
         plain, mirrored = encode(rows["image"])
         found = np.empty((len(plain), 2), record)
         with np.errstate(over="ignore"):  # is looked for below
@@ -232,10 +239,11 @@ def _encoded(
         finite = np.isfinite(found["moments"].astype(np.float32)).all(axis=(1, 2, 3, 4))
         if not finite.all():
             raise UserError(
-                f"Image {begin + int(np.argmin(finite))} of {images.name} has latents that "
+                f"Image {first + int(np.argmin(finite))} has latents that "
                 f"{record['moments'].base} cannot hold; expected finite ones: check "
                 "autoencoder.weights, or store --dtype=bfloat16."
             )
+        first += len(plain)
         yield found.reshape(-1)
 
 

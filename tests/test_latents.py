@@ -181,7 +181,7 @@ def test_what_float16_cannot_hold(setup, images, tmp_path):
 
     with pytest.raises(UserError) as error:
         make(setup, images, tmp_path, encode)
-    assert_sentence(str(error.value), ("Image 1 of photographs", "float16", "--dtype=bfloat16"))
+    assert_sentence(str(error.value), ("Image 1 has latents", "float16", "--dtype=bfloat16"))
     assert not list(tmp_path.glob("*.arrayrecord"))
 
 

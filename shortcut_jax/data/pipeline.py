@@ -5,6 +5,7 @@ permutation of the N rows that belongs to epoch k // N. Which image that is depe
 number of processes nor on where a run was interrupted: the only state to save is the step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -141,6 +142,34 @@ def batches(
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)
     return Batches(iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))), workers)
+
+
+@contextlib.contextmanager
+def reading(dataset: Dataset, num_workers: int) -> Iterator[Dataset]:
+    """The same data set, read by worker processes that end with the `with`; by none if 0."""
+    if not num_workers:
+        yield dataset
+        return
+    workers = Workers(dataset.read, num_workers, "data.workers")
+    try:
+        yield dataclasses.replace(dataset, read=workers)
+    finally:
+        workers.close()
+
+
+def in_order(
+    dataset: Dataset, first: int, last: int, batch_size: int, num_threads: int = 2
+) -> grain.DatasetIterator[Batch]:
+    """The rows first .. last - 1 as `Dataset.rows` gives them, `batch_size` at a time.
+
+    The last batch may be smaller. `num_threads` batches are read ahead, each in a thread.
+    """
+
+    def read(begin: int) -> Batch:
+        return dataset.rows(np.arange(begin, min(begin + batch_size, last)))
+
+    starts = grain.MapDataset.range(first, last, batch_size).map(read)
+    return iter(starts.to_iter_dataset(grain.ReadOptions(num_threads, num_threads)))
 
 
 def _row_indices(
