@@ -27,6 +27,9 @@ PARAMS = flags.DEFINE_enum("params", "ema", ["ema", "online"], "Which parameters
 CFG_SCALE = flags.DEFINE_float(
     "cfg_scale", None, "Scale of guidance, where it is applied while sampling; else the trained."
 )
+AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", None, "Weights that decode latents, if not where training had them."
+)
 INTERPOLATE = flags.DEFINE_integer(
     "interpolate",
     None,
@@ -45,7 +48,7 @@ def main() -> None:
             "example, --out=samples.png."
         )
     steps, labels = whole_numbers(STEPS), whole_numbers(LABELS) or None
-    model = sampling.load(workdir, STEP.value, PARAMS.value)
+    model = sampling.load(workdir, STEP.value, PARAMS.value, AUTOENCODER.value)
     steps = list(dict.fromkeys(steps)) or list(model.setup.config.eval.steps)
     check(model, steps, labels)
     cli.check_writable("--out", out.parent)

@@ -162,12 +162,15 @@ def make_program(
 
 
 def load(
-    workdir: str | os.PathLike[str], step: int | None = None, params: str = "ema"
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    params: str = "ema",
+    autoencoder: str | os.PathLike[str] | None = None,
 ) -> "trained.Model":
     """The trained model of a workdir; see `trained.load`."""
     from shortcut_jax import trained  # which needs this module
 
-    return trained.load(workdir, step, params)
+    return trained.load(workdir, step, params, autoencoder)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, run, sampling, sharding, state
+from shortcut_jax import checkpoint, run, sampling, sharding, spaces, state
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives.base import rows
 
@@ -120,6 +121,7 @@ class Model:
         """Refuses arguments of `sample` that this model cannot be sampled with (UserError)."""
         _check_integer("num_steps", num_steps)
         _check_integer("seed", seed, low=0, high=2**32 - 1)
+        spaces.check_files(self.setup.config)
         try:
             self.setup.objective.check_steps(int(num_steps))
         except UserError as error:  # knows of eval.steps only
@@ -238,16 +240,24 @@ def _mixture(image_shape, num_classes, request, seed):
     return x, request["labels"], noise
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None, params: str = "ema") -> Model:
+def load(
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    params: str = "ema",
+    autoencoder: str | os.PathLike[str] | None = None,
+) -> Model:
     """Reads a checkpoint of a run onto all devices, whatever the devices of its training were.
 
     Args:
       workdir: of the run.
       step: of the checkpoint; the newest by default.
       params: "ema" or "online".
+      autoencoder: file of weights that decodes samples of latents, if it is not where training had
+        it.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it cannot be read.
+      UserError: there is no such run or checkpoint, or it cannot be read, or its network sees no
+        latents and an autoencoder is given.
     """
     if params not in state.PARAMS_FIELD:
         raise UserError(
@@ -255,6 +265,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, params: str =
             "choose one of them."
         )
     config = run.restore_config(workdir)
+    if autoencoder is not None:
+        _check_latents(config, workdir)
+        config.autoencoder.weights = str(autoencoder)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     step = checkpoints.choose(step)
     setup = run.build(config, sharding.make_mesh(jax.device_count(), 1))
@@ -263,6 +276,14 @@ def load(workdir: str | os.PathLike[str], step: int | None = None, params: str =
     checkpoints.close()
     logging.info("Loaded the %s parameters of step %d of %s.", params, step, workdir)
     return model
+
+
+def _check_latents(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    if "autoencoder" not in config:
+        raise UserError(
+            f"an autoencoder is given, but the network of {workdir} works on images themselves; "
+            "expected none: leave it out."
+        )
 
 
 def _short(labels: Sequence[int] | np.ndarray) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from shortcut_jax import autoencoder_weights, latent_cache, rng, run, sharding, spaces
+from shortcut_jax import autoencoder_weights, latent_cache, rng, run, sampling, sharding, spaces
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
@@ -294,8 +294,16 @@ def test_from_files_to_samples(run_python, tmp_path):
     done("eval", *run_flags, f"--save_samples={tmp_path / 'samples.npz'}")
     assert {p.name for p in (workdir / "eval" / "2").iterdir()} == {"samples.png"}
     with np.load(tmp_path / "samples_4.npz") as samples:
-        assert samples["arr_0"].shape == (20, 32, 32, 3)
-        assert set(samples["arr_1"]) <= {0, 1}
+        images, labels = samples["arr_0"], samples["arr_1"]
+    assert images.shape == (20, 32, 32, 3) and set(labels) <= {0, 1}
+
+    # The same samples from a notebook; another file than that of training can be named.
+    model = sampling.load(workdir)
+    again = model.sample(num_steps=4, num=16)
+    assert np.abs(again.astype(int) - images[:16]).max() <= 1
+    moved = sampling.load(workdir, autoencoder=tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match=r"autoencoder.weights: .*absent.safetensors does not ex"):
+        moved.sample(num_steps=1)
 
 
 def test_no_name_of_the_folder(run_python):

@@ -268,6 +268,13 @@ def test_runs_that_cannot_be_loaded(tmp_path):
         sampling.load(tmp_path, params="best")
 
 
+def test_an_autoencoder_for_a_network_that_sees_images(tmp_path):
+    save_run(tmp_path, small("shortcut"))
+    with pytest.raises(UserError) as error:
+        sampling.load(tmp_path, autoencoder="vae.safetensors")
+    assert_sentence(str(error.value), ("an autoencoder is given", str(tmp_path), "leave it out"))
+
+
 # ------------------------------------------------------------------ config.json
 
 
