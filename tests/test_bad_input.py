@@ -302,7 +302,7 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"eval.metrics": ("fd_fashion_mnist",)},
         ("eval.metrics", "fd_fashion_mnist", "(32, 32, 1)", "(8, 8, 1)", "choose another"),
     ),
-    "no metric": ("small", {"eval.metrics": ()}, ("eval.metrics is empty", "'fd_digits'")),
+    "no steps": ("small", {"eval.steps": ()}, ("eval.steps is empty", "give at least one")),
     "no pairs": (
         "small,objective=reflow",
         {"objective.num_pairs": 0, "teacher": "runs/a"},

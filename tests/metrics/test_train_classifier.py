@@ -47,7 +47,7 @@ def stripes(monkeypatch):
         fit=functools.partial(lib.fit_cnn, epochs=12),
     )
     monkeypatch.setitem(lib.RECIPES, "stripes", recipe)
-    monkeypatch.setattr(lib, "open_dataset", lambda name, *, split, data_dir: make_stripes(split))
+    monkeypatch.setattr(lib, "open_dataset", lambda section: make_stripes(section["split"]))
 
 
 def test_there_is_a_recipe_for_every_metric():

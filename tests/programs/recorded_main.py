@@ -22,8 +22,13 @@ make_batches = pipeline.batches
 
 def recorded_batches(dataset, *, start_step, **settings):
     workdir, every = Path(workdir_flag.workdir()), config_flag.CONFIG.value.checkpoint.every
-    iterator = make_batches(dataset, start_step=start_step, **settings)
-    for step, batch in enumerate(iterator, start_step):
+    batches = make_batches(dataset, start_step=start_step, **settings)
+    recorded = record(batches, start_step, workdir, every)
+    return pipeline.Batches(recorded, workers=None)
+
+
+def record(batches, start_step, workdir, every):
+    for step, batch in enumerate(batches, start_step):
         if str(step) == os.environ.get("KILL_AT_STEP"):
             while not (workdir / "checkpoints" / str(step // every * every)).exists():
                 time.sleep(0.01)
