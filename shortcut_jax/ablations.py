@@ -42,7 +42,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Trains and evaluates what is missing, and writes the comparison."""
-    from shortcut_jax import experiment, run
+    from shortcut_jax import experiment
 
     workdir = Path(workdir_flag.workdir())
     names = ONLY.value or list(ABLATIONS)
@@ -55,7 +55,7 @@ def main() -> None:
     configs = {name: config_flag.with_objective("shortcut") for name in names}
     for name, config in configs.items():
         config.update_from_flattened_dict(ABLATIONS[name])
-        run.check(config)  # all of them, before hours go into the first
+        experiment.check(config)  # all of them, before hours go into the first
     for seed in range(SEEDS.value):
         for name, config in configs.items():
             config.seed = seed

@@ -12,9 +12,20 @@ from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
 from shortcut_jax import evaluation, run, train
+from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
 
 RESULT = "result.json"  # in the workdir of an experiment that is done
+
+
+def check(config: ConfigDict) -> None:
+    """As `run.check`, and refuses a config that measures nothing (UserError)."""
+    run.check(config)
+    if not config.eval.metrics:
+        raise UserError(
+            "eval.metrics is empty, so that nothing is compared; expected a metric of these "
+            "images: set it in the config file or with --config.eval.metrics."
+        )
 
 
 def train_once(config: ConfigDict, workdir: Path) -> None:

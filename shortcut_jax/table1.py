@@ -48,7 +48,7 @@ def main() -> None:
     validation.check_teacher(shortcut)  # the table trains its own
     for row, config in configs.items():  # all of them, before hours go into the first
         config.total_steps = budgets[row].updates
-        run.check(config)
+        experiment.check(config)
         if budgets[row].teacher_updates:
             teacher.total_steps = budgets[row].teacher_updates
             run.check(teacher)

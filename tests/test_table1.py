@@ -230,6 +230,13 @@ def test_rows_measured_otherwise_are_left_out(table):
     assert experiment.results(table[0], config) == []
 
 
+@pytest.mark.parametrize("command", [["table1", "--rows=shortcut"], ["ablations"]])
+def test_nothing_to_compare(run_python, tmp_path, command):
+    flags = [*command[1:], SMALL, f"--workdir={tmp_path}", "--config.eval.metrics=()"]
+    done = run_python(["-m", f"shortcut_jax.{command[0]}", *flags])
+    assert done.returncode == 2 and "error: eval.metrics is empty" in done.stderr
+
+
 def test_every_row_is_checked_before_any_is_trained(run_python, tmp_path):
     flags = [SMALL, f"--workdir={tmp_path}", f"--rows={ROWS}"]
     done = run_python(["-m", "shortcut_jax.table1", *flags])
