@@ -7,6 +7,7 @@ posterior, not scaled) and the label. Shards are independent, so any number of p
 them and a killed one loses no more than the shard it was at.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ def make(
     moments_shape: tuple[int, int, int],
     dtype: str = "float16",
     batch_size: int = 64,
+    shard_rows: int | None = None,
     task: tuple[int, int] = (0, 1),
     num_workers: int = 0,
 ) -> int:
@@ -69,6 +71,7 @@ def make(
       contents: from `describe`.
       moments_shape: (h, w, 2c).
       dtype: key of DTYPES, what moments are stored as.
+      shard_rows: images in a shard; SHARD_ROWS by default.
       task: (k, n): makes every n-th shard from the k-th.
       num_workers: processes that read and decode; 0 for threads.
 
@@ -79,21 +82,22 @@ def make(
       UserError: the folder holds other latents, cannot be written, or an image has moments that
         `dtype` cannot hold.
     """
+    shard_rows = shard_rows or SHARD_ROWS
     whole = {
         **contents,
         "images": images.fingerprint,
         "count": images.size,
         "moments_shape": list(moments_shape),
         "dtype": dtype,
-        "shard_rows": SHARD_ROWS,
+        "shard_rows": shard_rows,
     }
     manifest.claim(folder, whole, "latents", "*.arrayrecord", FIX)
-    shards = range(-(-images.size // SHARD_ROWS))
+    shards = range(-(-images.size // shard_rows))
     mine = shards[task[0] :: task[1]]
     with pipeline.reading(images, num_workers) as read:
         for done, shard in enumerate(mine):
             if not _sidecar(folder, shard).exists():
-                first, last = shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, images.size)
+                first, last = shard * shard_rows, min((shard + 1) * shard_rows, images.size)
                 batches = pipeline.in_order(read, first, last, batch_size, max(2, num_workers))
                 records = _encoded(batches, encode, _record(moments_shape, dtype), first)
                 _write_shard(folder, shard, records)
@@ -137,7 +141,7 @@ def open_cache(folder: Path, wanted: dict[str, Any], num_classes: int) -> Datase
         num_classes=num_classes,
         size=found["count"],
         fingerprint=manifest.digest(found),
-        read=_Reader([str(path) for path in paths], record, found["count"]),
+        read=_Reader([str(path) for path in paths], record, found["count"], found["shard_rows"]),
         has_mirrors=True,
         holds="moments",
         dtype=record["moments"].base,
@@ -167,31 +171,40 @@ def verify(folder: Path) -> int:
 
 
 class _Reader:
-    """Reads moments and labels by index; can be sent to another process."""
+    """Reads moments and labels by index; can be sent to another process.
 
-    def __init__(self, paths: Sequence[str], record: np.dtype, count: int):
-        self._paths, self._record, self._count = list(paths), record, count
-        self._source: Any = None
+    The files are read here, not through `ArrayRecordDataSource`: that starts a pool of threads for
+    every batch, which costs as much as reading where a batch is spread over hundreds of shards.
+    """
+
+    def __init__(self, paths: Sequence[str], record: np.dtype, count: int, shard_rows: int):
+        self._paths, self._record = list(paths), record
+        self._count, self._shard_rows = count, shard_rows
+        self._files: dict[int, Any] = {}
 
     def __call__(self, indices: np.ndarray) -> Rows:
-        if self._source is None:
-            self._source = _open_source(self._paths)
         mirrored, rows = np.divmod(indices, self._count)
-        content = self._source.__getitems__((2 * rows + mirrored).tolist())
+        shards, positions = np.divmod(2 * rows + mirrored, 2 * self._shard_rows)
+        order = np.argsort(shards, kind="stable")  # each file is asked once
+        content = []
+        for shard, here in itertools.groupby(order.tolist(), key=shards.__getitem__):
+            content += self._file(int(shard)).read(positions[list(here)].tolist())
         found = np.frombuffer(b"".join(content), self._record)
-        return {
-            "image": np.ascontiguousarray(found["moments"]),
-            "label": np.ascontiguousarray(found["label"]),
-        }
+        back = np.argsort(order)
+        return {"image": found["moments"][back], "label": found["label"][back]}
+
+    def _file(self, shard: int) -> Any:
+        """The opened file; threads may share it, and at worst open one twice."""
+        if shard not in self._files:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            self._files[shard] = ArrayRecordReader(
+                self._paths[shard], "readahead_buffer_size:0", file_reader_buffer_size=2**15
+            )
+        return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None}
-
-
-def _open_source(paths: Sequence[str]) -> Any:
-    from array_record.python import array_record_data_source
-
-    return array_record_data_source.ArrayRecordDataSource(paths)
+        return {**self.__dict__, "_files": {}}
 
 
 def _record(moments_shape: tuple[int, ...], dtype: str) -> np.dtype:

@@ -1,0 +1,103 @@
+"""Measures how fast the parts of shortcut_jax are on this machine; docs/data.md, docs/autoencoder.md.
+
+python -m shortcut_jax.benchmark --parts=data,vae --out=benchmark.json
+taskset -c 1 python -m shortcut_jax.benchmark --parts=data --tf_python=/envs/tf/bin/python
+
+Medians of several rounds, in which what is compared takes turns. CPU seconds count all threads and
+are little disturbed by other work on the machine; for rates per core, give it one CPU (taskset).
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from shortcut_jax import benchmarks, cli
+from shortcut_jax.errors import UserError
+
+PARTS = flags.DEFINE_list(
+    "parts", list(benchmarks.PARTS), f"What to measure: {', '.join(benchmarks.PARTS)}."
+)
+OUT = flags.DEFINE_string("out", "", "JSON file that gets everything measured.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds, of which the median counts.", 1)
+SMALL = flags.DEFINE_bool("small", False, "Tiny inputs, to see that everything runs.")
+TF_PYTHON = flags.DEFINE_string(
+    "tf_python", "", "Python of an environment with TensorFlow: compares data with tf.data there."
+)
+TORCH_PYTHON = flags.DEFINE_string(
+    "torch_python", "", "Python of an environment with diffusers: compares vae with it there."
+)
+
+PACKAGES = ("jax", "jaxlib", "numpy", "pillow", "array-record", "grain", "tensorflow-datasets")
+
+
+def main() -> None:
+    """Measures the parts asked for, prints each number, and writes all of them at the end."""
+    check_parts(PARTS.value)
+    if OUT.value:
+        cli.check_writable("--out", Path(OUT.value).absolute().parent)
+    options = benchmarks.Options(REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value)
+    about = machine()
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    print(f"{'':44} {'median':>10}  {'from':>10} {'to':>10}", flush=True)
+    found = []
+    for part in PARTS.value:
+        for measurement in importlib.import_module(benchmarks.PARTS[part]).measure(options):
+            print(row(measurement), flush=True)
+            found.append(dataclasses.asdict(measurement))
+    if OUT.value:
+        from shortcut_jax.files import write_atomically
+
+        content = {"machine": about, "options": dataclasses.asdict(options), "measurements": found}
+        write_atomically(OUT.value, json.dumps(content, indent=1).encode())
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raises UserError unless there is one part or more, and all are known."""
+    unknown = [part for part in parts if part not in benchmarks.PARTS]
+    if unknown or not parts:
+        raise UserError(
+            f"--parts={','.join(parts)} {f'holds {unknown[0]!r}' if unknown else 'is empty'}; "
+            f"expected some of {', '.join(benchmarks.PARTS)}, joined by commas: choose among them."
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: versions, CPUs, back end."""
+    import jax
+
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def row(measurement: benchmarks.Measurement) -> str:
+    """A line of the table."""
+    low, high = measurement.spread
+    value = f"{measurement.value:>10.4g}  {low:>10.4g} {high:>10.4g}"
+    return f"{measurement.name:<44} {value}  {measurement.unit}"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    cli.main(main)
