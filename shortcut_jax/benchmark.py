@@ -1,4 +1,4 @@
-"""Measures how fast the parts of shortcut_jax are on this machine; docs/data.md, docs/autoencoder.md.
+"""Measures how fast parts of shortcut_jax are here; docs/data.md, docs/autoencoder.md.
 
 python -m shortcut_jax.benchmark --parts=data,vae --out=benchmark.json
 taskset -c 1 python -m shortcut_jax.benchmark --parts=data --tf_python=/envs/tf/bin/python

@@ -40,7 +40,8 @@ class Peer:
         self._said = f"--{flag}={python}"
         # Our path would bring our packages into its environment.
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
+        # A file, as a pipe that nobody reads would fill up.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         try:
             self._process = subprocess.Popen(
                 [python, str(FOLDER / script), json.dumps(arguments)],

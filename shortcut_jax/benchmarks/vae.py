@@ -1,6 +1,7 @@
 """Encode and decode of the autoencoder, beside diffusers' where a Python that has it is given."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +13,21 @@ from shortcut_jax import autoencoder_weights
 from shortcut_jax.benchmarks import Measurement, Options, timing
 from shortcut_jax.benchmarks.peer import Peer
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
 
 
 def measure(options: Options) -> Iterator[Measurement]:
     """Images per second, float32, weights drawn at random."""
     kind, size = ("tiny", 32) if options.small else ("sd", 256)
-    batch_size = 1 if jax.default_backend() == "cpu" else 16
+    on_cpu = jax.default_backend() == "cpu"
+    if options.torch_python and not on_cpu:
+        raise UserError(
+            f"--torch_python={options.torch_python} compares on a CPU, and jax runs on "
+            f"{jax.default_backend()}; expected a CPU on both sides: set JAX_PLATFORMS=cpu, or "
+            "leave the flag out."
+        )
+    batch_size = 1 if on_cpu else 16
     architecture = autoencoder.ARCHITECTURES[kind]
     conditions = {"autoencoder": kind, "image_size": size, "batch_size": batch_size}
     conditions["dtype"] = "float32"
@@ -37,7 +46,7 @@ def measure(options: Options) -> Iterator[Measurement]:
             stack.enter_context(peer)
             conditions |= peer.versions
             for name in list(contenders):
-                contenders[f"{name}/diffusers"] = lambda name=name: peer.run(name)
+                contenders[f"{name}/diffusers"] = functools.partial(peer.run, name)
         found = timing.rounds(contenders, options.repeats)
     for name, took in found.items():
         yield from timing.rates(f"vae/{name}", took, "images", conditions)

@@ -32,9 +32,12 @@ def adm(image: Image.Image, size: int) -> np.ndarray:
         image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    # Pillow filters rows, then columns. Columns that are cut off need no second pass.
+    rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    rows = rows.crop((left, 0, left + size, image.height))
+    image = rows.resize((size, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((0, top, size, top + size)))
 
 
 def authors(image: Image.Image, size: int) -> np.ndarray:
@@ -57,12 +60,14 @@ def authors(image: Image.Image, size: int) -> np.ndarray:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    # Pillow rounds RGB to whole levels between the two passes of the filter; mode F does not.
-    bands = [
-        np.asarray(band.convert("F").resize((size, size), Image.Resampling.BILINEAR))
-        for band in square.split()
-    ]
-    return np.clip(np.rint(np.stack(bands, axis=-1)), 0, 255).astype(np.uint8)
+    found = np.empty((size, size, 3), np.uint8)
+    for band in range(3):
+        # Pillow rounds RGB to whole levels between the two passes of the filter; mode F does not.
+        levels = square.getchannel(band).convert("F")
+        resized = np.asarray(levels.resize((size, size), Image.Resampling.BILINEAR))
+        # Weights of a triangle are not negative and add up to 1, so nothing leaves 0..255.
+        found[..., band] = np.rint(resized)
+    return found
 
 
 CROPS: dict[str, Crop] = {"adm": adm, "authors": authors}

@@ -73,7 +73,12 @@ def flips(seed: int, step: int, batch_size: int) -> np.ndarray:
 
 def to_float(images: np.ndarray) -> np.ndarray:
     """uint8 0..255 to float32 -1..1; what is no uint8 stays as it is."""
-    return images.astype(np.float32) / 127.5 - 1 if images.dtype == np.uint8 else images
+    if images.dtype != np.uint8:
+        return images
+    # One array, not three: a batch of photographs is large, and new memory has to be zeroed.
+    found = np.divide(images, np.float32(127.5))
+    found -= 1
+    return found
 
 
 def batches(
@@ -137,7 +142,8 @@ def batches(
             return dataset.rows(indices + dataset.size * mirrored)
         rows = dict(dataset.rows(indices))
         image = to_float(rows.pop("image"))
-        image[mirrored] = image[mirrored, :, ::-1]
+        for row in np.flatnonzero(mirrored):  # one by one, for the same reason
+            image[row] = image[row, :, ::-1]
         return {"image": image, **rows}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)

@@ -1,7 +1,8 @@
 """The input pipeline of photographs and of latents, as tf.data does it; needs TensorFlow only.
 
 Started by `shortcut_jax.benchmarks` with {"jpegs": folder, "image_size"} or {"latents": .npy file,
-"scale"}, and "batch_size" and "count" (images). The records are written as TFRecord first. One thread.
+"scale"}, and "batch_size" and "count" (images). The records are written as TFRecord first. It works
+in one thread.
 """
 
 import json
@@ -121,7 +122,7 @@ def _authors(tf, image, size: int):
 
 
 def _moments(tf, shape):
-    """Moments float16 of the image or its mirror image, where there is one, with probability 1/2."""
+    """Moments float16 of the image or, with probability 1/2, of its mirror image if there is."""
 
     def prepare(record):
         content = record["x"]

@@ -1,0 +1,163 @@
+"""The benchmark: it runs in small, its numbers are sound, and what it compares with is optional."""
+
+import json
+import math
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shortcut_jax import benchmark, benchmarks
+from shortcut_jax.benchmarks import data, latents, timing
+from shortcut_jax.benchmarks.peer import FOLDER, Peer
+from shortcut_jax.errors import UserError
+from tests.sentences import assert_sentence
+
+COMMAND = ["-m", "shortcut_jax.benchmark", "--small", "--repeats=2"]
+
+
+@pytest.fixture(scope="module")
+def measured(run_python, tmp_path_factory):
+    """Process of all parts in small, and what it wrote."""
+    out = tmp_path_factory.mktemp("benchmark") / "new" / "all.json"
+    done = run_python([*COMMAND, f"--out={out}"], timeout=200)
+    assert done.returncode == 0
+    return done, json.loads(out.read_text())
+
+
+def test_numbers_are_finite_positive_and_within_their_spread(measured):
+    _, content = measured
+    names = {found["name"] for found in content["measurements"]}
+    assert names == {
+        *(f"data/jpeg/{name}" for name in ("decode", "adm", "authors")),
+        *(f"data/jpeg/{name}/workers" for name in ("adm", "authors")),
+        *(f"data/latents/{name}" for name in ("read", "drawn", "read_and_drawn")),
+        *("vae/encode", "vae/decode"),
+    }
+    for found in content["measurements"]:
+        low, high = found["spread"]
+        assert 0 < low <= found["value"] <= high and math.isfinite(high)
+        assert found["conditions"]
+    units = {(found["name"], found["unit"]) for found in content["measurements"]}
+    assert ("data/jpeg/adm", "images / CPU s") in units and ("data/jpeg/adm", "images / s") in units
+
+
+def test_the_table_has_every_number_and_the_file_the_machine(measured):
+    done, content = measured
+    for found in content["measurements"]:
+        value = f"{found['value']:.4g}"
+        assert any(
+            line.split()[:2] == [found["name"], value] and line.endswith(found["unit"])
+            for line in done.stdout.splitlines()
+        )
+    assert content["machine"]["backend"] == "cpu" and content["machine"]["cpus_usable"] >= 1
+    assert content["machine"]["pillow"] and content["options"]["small"] is True
+
+
+def test_an_unknown_part_is_a_sentence(run_python, tmp_path):
+    done = run_python([*COMMAND, "--parts=data,nothing", f"--out={tmp_path / 'a.json'}"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert_sentence(done.stderr.splitlines()[-1], ("'nothing'", "data, vae"))
+    assert done.stdout == "" and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="is empty"):
+        benchmark.check_parts([])
+
+
+def test_median_and_ratio():
+    ours = [timing.Took(8, 9.0, cpu) for cpu in (1.0, 4.0, 2.0)]
+    theirs = [timing.Took(4, 9.0, cpu) for cpu in (1.0, 1.0, 2.0)]
+    per_cpu, per_wall = timing.rates("x", ours, "images", {})
+    assert (per_cpu.value, per_cpu.spread) == (4.0, (2.0, 8.0))
+    assert per_wall.value == pytest.approx(8 / 9)
+    found = timing.ratio("x", ours, theirs, {})  # of rounds: 2, 1/2, 2
+    assert (found.value, found.spread) == (2.0, (0.5, 2.0))
+
+
+def test_contenders_take_turns_after_a_round_that_does_not_count():
+    order = []
+
+    def contender(name):
+        return lambda: order.append(name) or timing.Took(1, 1.0, len(order))
+
+    found = timing.rounds({"a": contender("a"), "b": contender("b")}, 2)
+    assert order == ["a", "b"] * 3
+    assert [took.cpu for took in found["a"]] == [3, 5]
+
+
+def test_cpu_time_leaves_out_waiting():
+    took = timing.timed(lambda: time.sleep(0.2) or 3)
+    assert took.count == 3 and took.wall >= 0.2 and took.cpu < 0.1
+
+
+def test_jpegs_are_photographs_that_differ(tmp_path):
+    folder = data.write_jpegs(tmp_path / "jpegs", 4, (50, 37))
+    images = [np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.jpg"))]
+    assert [image.shape for image in images] == [(37, 50, 3)] * 4
+    for i, image in enumerate(images):
+        assert image.std() > 20
+        assert all(np.abs(image.astype(int) - other).mean() > 5 for other in images[:i])
+
+
+def test_the_cache_has_the_shards_that_are_said(tmp_path):
+    cache = latents.make_cache(tmp_path, 20, (4, 4, 8), shard_rows=8)
+    assert len(list(tmp_path.glob("*.arrayrecord"))) == 3
+    rows = cache.rows(np.arange(40))["image"].astype(float)
+    assert rows.shape == (40, 4, 4, 8) and len(np.unique(rows[:, 0, 0, 0])) > 35
+
+
+# ------------------------------------------------------------------ the other side
+
+
+def script(tmp_path, monkeypatch, body):
+    """Has Peer find a program `peer.py` with this body beside turns.py."""
+    (tmp_path / "turns.py").write_text((FOLDER / "turns.py").read_text())
+    (tmp_path / "peer.py").write_text(textwrap.dedent(body))
+    monkeypatch.setattr("shortcut_jax.benchmarks.peer.FOLDER", tmp_path)
+    return Peer("tf_python", sys.executable, "peer.py", {"rows": 3})
+
+
+def test_a_peer_answers_what_it_did(tmp_path, monkeypatch):
+    body = """
+    import json, sys, time
+    from turns import take_turns
+    rows = json.loads(sys.argv[1])["rows"]
+    def work():
+        print("what a library prints is no answer")
+        time.sleep(0.1)
+        return rows
+    take_turns({"library": "1.2"}, {"sleep": work})
+    """
+    with script(tmp_path, monkeypatch, body) as peer:
+        assert peer.versions == {"library": "1.2"}
+        for _ in range(2):
+            took = peer.run("sleep")
+            assert took.count == 3 and took.wall >= 0.1 and took.cpu < 0.09
+        process = peer._process
+    assert process.poll() is not None
+
+
+def test_a_peer_that_lacks_its_library_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError) as error:
+        script(tmp_path, monkeypatch, "import no_such_library")
+    said = (f"--tf_python={sys.executable}", "No module named 'no_such_library'", "leave the flag")
+    assert_sentence(str(error.value), said)
+
+
+def test_a_python_that_is_not_there_is_a_sentence(tmp_path):
+    with pytest.raises(UserError) as error:
+        Peer("torch_python", str(tmp_path / "python"), "diffusers_vae.py", {})
+    assert_sentence(str(error.value), ("--torch_python=", "cannot be started"))
+
+
+@pytest.mark.parametrize("name", ["tf_data", "diffusers_vae"])
+def test_scripts_import_their_libraries_only_when_they_run(run_python, name):
+    code = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import {name}
+assert not {{"tensorflow", "torch", "diffusers", "jax", "shortcut_jax"}} & set(sys.modules)
+"""
+    assert run_python(["-c", code]).returncode == 0
