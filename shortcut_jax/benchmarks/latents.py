@@ -97,13 +97,14 @@ def _draw(small: bool) -> Callable[[int, Any], jax.Array]:
 def _read(
     cache: Dataset, batch_size: int, draw: Callable[[int, Any], jax.Array] | None = None
 ) -> Took:
-    """One epoch with flips; all of its work is in the time, none of another epoch's."""
+    """One epoch with flips, read in one thread; all of its work is in the time, none of another epoch's."""
 
     def work() -> int:
         steps = cache.size // batch_size
         with pipeline.batches(
-            cache, batch_size=batch_size, seed=0, start_step=0, num_steps=steps, flip=True
-        ) as batches:
+            cache, batch_size=batch_size, seed=0, start_step=0, num_steps=steps, flip=True,
+            num_threads=1,
+        ) as batches:  # fmt: skip
             for step, batch in enumerate(batches):
                 if draw is not None:
                     draw(step, jnp.asarray(batch["image"])).block_until_ready()
