@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import benchmark, benchmarks
+from shortcut_jax import benchmark
 from shortcut_jax.benchmarks import data, latents, timing
 from shortcut_jax.benchmarks.peer import FOLDER, Peer
 from shortcut_jax.errors import UserError

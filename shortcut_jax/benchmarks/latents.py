@@ -97,7 +97,7 @@ def _draw(small: bool) -> Callable[[int, Any], jax.Array]:
 def _read(
     cache: Dataset, batch_size: int, draw: Callable[[int, Any], jax.Array] | None = None
 ) -> Took:
-    """One epoch with flips, read in one thread; all of its work is in the time, none of another epoch's."""
+    """One epoch with flips, read in one thread; no work of another epoch is in the time."""
 
     def work() -> int:
         steps = cache.size // batch_size

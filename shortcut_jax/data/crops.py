@@ -32,12 +32,9 @@ def adm(image: Image.Image, size: int) -> np.ndarray:
         image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    # Pillow filters rows, then columns. Columns that are cut off need no second pass.
-    rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
-    rows = rows.crop((left, 0, left + size, image.height))
-    image = rows.resize((size, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((0, top, size, top + size)))
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def authors(image: Image.Image, size: int) -> np.ndarray:
