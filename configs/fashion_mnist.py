@@ -1,8 +1,8 @@
 """Fashion-MNIST: 60,000 real 28x28 images padded to 32x32, an hour on one GPU.
 
-Not run to the end during development, for want of a GPU: there is no figure to expect yet. The `cpu`
-variant has a table of all methods (docs/results.md), too short a training to tell them apart as the
-paper does. The `small` variant is what the tests train.
+Not run to the end during development, for want of a GPU: there is no figure to expect yet. The
+variant `cpu` has a table of all methods (docs/results.md), after a training too short to tell them
+apart as the paper does. The variant `small` is what the tests train.
 
 Data: `apt-get install dataset-fashion-mnist` (Debian), or the four idx files of the set in a folder
 named by --config.data.idx_dir, or TFDS's own `fashion_mnist` prepared as array_record.
