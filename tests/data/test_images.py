@@ -211,3 +211,10 @@ def test_record_that_cannot_be_decoded_is_named(copied):
         dataset.rows(np.array([3, 4]))
     named = ("like_imagenet 10.0.0, train, record 4", f"({CLASSES[1]}_4.JPEG)", "truncated")
     assert_sentence(str(error.value), named)
+
+
+def test_pillow_keeps_memory_for_the_next_image(run_python):
+    """It reads the setting once, when the first of many modules imports it."""
+    code = "import shortcut_jax.data.images, PIL.Image; print(PIL.Image.core.get_blocks_max())"
+    assert run_python(["-c", code]).stdout.strip() == "8"
+    assert run_python(["-c", code], env={"PILLOW_BLOCKS_MAX": "3"}).stdout.strip() == "3"

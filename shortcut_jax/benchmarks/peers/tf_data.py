@@ -76,7 +76,10 @@ def _dataset(tf, path: str, keys: list[str], prepare, batch_size: int):
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     options.threading.max_intra_op_parallelism = 1
-    options.experimental_optimization.inject_prefetch = False  # no batch is made between rounds
+    # Nothing is made ahead of time: it would be made between rounds, and cost nothing in them.
+    options.autotune.enabled = False
+    options.experimental_optimization.inject_prefetch = False
+    options.experimental_optimization.map_parallelization = False
     dataset = tf.data.TFRecordDataset(path).repeat().map(row)
     return dataset.batch(batch_size).with_options(options)
 
