@@ -146,7 +146,8 @@ def _check_network(found: Pretrained, config: ConfigDict) -> None:
     keys = sorted(
         key
         for key in flat.keys() | found.config.keys()
-        if (key.startswith("model.") and key != "model.dtype") or key == "data.name"
+        if (key.startswith("model.") and key != "model.dtype")
+        or key in ("data.name", "data.image_size", "autoencoder.kind", "autoencoder.scale")
     )
     lines = [
         f"{key}: {found.config.get(key)} there, {flat.get(key)} here"

@@ -180,7 +180,7 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
         )
     trained, flat = read_config(workdir), config_lib.flatten(config)
     sees = ("name", "builder", "image_size", "crop", "num_classes")
-    used = ("model.", "objective.", *(f"data.{key}" for key in sees))
+    used = ("model.", "objective.", "autoencoder.", *(f"data.{key}" for key in sees))
     matters = {
         key
         for key in trained.keys() | flat.keys()

@@ -48,6 +48,7 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     Raises:
       UserError: the first thing that is wrong.
     """
+    _check_latents(flatten(config))
     _check_model(config.model, spaces.shape(config, image_shape))
     _check_guidance(config.objective)
     _check_metrics(config.eval, image_shape)
@@ -258,6 +259,21 @@ def _check_choices(flat: Mapping[str, Any]) -> None:
                 f"{key}={flat[key]!r} is not known; expected one of {', '.join(choices)}: "
                 "choose one of them.",
             )
+
+
+def _check_latents(flat: Mapping[str, Any]) -> None:
+    keys = {key for key in OPTIONAL if key.startswith("autoencoder.")}
+    check(
+        not keys & flat.keys() or keys <= flat.keys(),
+        f"the config has no key {', '.join(sorted(keys - flat.keys()))}; expected every key of the "
+        "section autoencoder or none: start from a config file that has it.",
+    )
+    check(
+        not flat.get("data.latents") or bool(keys & flat.keys()),
+        f"data.latents={flat.get('data.latents')} is set, but the config has no section "
+        "autoencoder, so that its network works on images; expected it empty: leave it out, or "
+        "start from a config file with that section.",
+    )
 
 
 def _check_model(model: ConfigDict, image_shape: tuple[int, int, int]) -> None:

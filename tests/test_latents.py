@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from shortcut_jax import autoencoder_weights, latent_cache, rng, run, sampling, sharding, spaces
+from shortcut_jax import (
+    autoencoder_weights,
+    latent_cache,
+    pretrained,
+    rng,
+    run,
+    sampling,
+    sharding,
+    spaces,
+)
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
 from tests.photographs import write_folder
 from tests.sentences import assert_sentence, contents
+from tests.untrained_runs import save_run
 
 SHAPE = (4, 4, 8)  # of the moments of 32x32 images
 COUNT = 20
@@ -264,6 +274,44 @@ def test_images_without_latents(side):
     with pytest.raises(UserError) as error:
         run.check(config)
     assert_sentence(str(error.value), ("data.image_size", "multiples of 8"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "latents", "fragments"),
+    [
+        ("autoencoder.scale", "", ("no key autoencoder.scale", "or none")),
+        ("autoencoder", "cache", ("data.latents=cache is set", "no section autoencoder")),
+    ],
+)
+def test_half_a_config_of_latents(removed, latents, fragments):
+    config = imagenet.get_config("small")
+    config.data.latents = latents
+    section, _, key = removed.rpartition(".")
+    with config.unlocked():
+        del (config[section] if section else config)[key]
+    with pytest.raises(UserError) as error:
+        run.check(config)
+    assert_sentence(str(error.value), fragments)
+
+
+def test_evaluation_in_another_space_is_refused(setup, tmp_path):
+    run.claim_workdir(setup.config, tmp_path)
+    config = setup.config.copy_and_resolve_references()
+    config.autoencoder.weights = "moved.safetensors"
+    run.check_workdir_for_evaluation(config, tmp_path)
+    config.autoencoder.scale = 0.13025
+    with pytest.raises(UserError, match=r"autoencoder.scale: 0.18215 -> 0.13025"):
+        run.check_workdir_for_evaluation(config, tmp_path)
+
+
+def test_starting_from_a_run_in_another_space_is_refused(setup, tmp_path):
+    save_run(tmp_path, setup.config)
+    config = setup.config.copy_and_resolve_references()
+    config.init_from = str(tmp_path)
+    assert pretrained.find(config).init_from is not None
+    config.autoencoder.scale = 0.13025
+    with pytest.raises(UserError, match=r"autoencoder.scale: 0.18215 there, 0.13025 here"):
+        pretrained.find(config)
 
 
 def test_local_mesh_has_the_devices_of_this_process():

@@ -79,7 +79,7 @@ def test_pins_hold_everything_that_gets_installed(setup_arguments: dict, constra
     """Follows the requirements of what is installed here, with this Python's markers."""
     version = f"{sys.version_info.major}{sys.version_info.minor}"
     if constraints.stem != f"py{version}":
-        pytest.skip(f"needs the Python of {constraints.name}")
+        pytest.skip(f"needs the Python of {constraints.name}: PYTHON=... bash launch/test.sh")
     pins = read_pins(constraints)
     todo = requirements(setup_arguments, "test")
     seen = set()
@@ -151,7 +151,9 @@ def test_scripts_parse(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="needs shellcheck: apt-get install shellcheck"
+)
 def test_scripts_pass_shellcheck() -> None:
     done = subprocess.run(
         ["shellcheck", "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True

@@ -55,7 +55,9 @@ def test_our_network_and_sampler_give_what_theirs_gave(case):
         assert_close(found, golden[f"samples_{n}"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install -e .[parity]"
+)
 def test_the_page_in_pytorch(case, tmp_path):
     from tests.golden import make_pytorch
 

@@ -53,6 +53,7 @@ def test_files_of_pytorch(name):
 
 def test_safetensors(tmp_path):
     from safetensors.numpy import save_file
+
     arrays = {name: np.array(a, order="C") for name, a in sorted(expected_arrays().items())}
     save_file(arrays, tmp_path / "w.safetensors")
     found = torch_file.read(tmp_path / "w.safetensors")

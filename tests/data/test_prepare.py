@@ -380,7 +380,7 @@ def test_links_are_followed_and_loops_end(folder, tmp_path):
     assert [entry.path for entry in entries] == PATHS
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything: run as another user")
 def test_folder_without_permission(folder, tmp_path):
     (folder / WNIDS[0]).chmod(stat.S_IWUSR)
     refused(request(folder, tmp_path), WNIDS[0], "cannot be listed")

@@ -141,7 +141,7 @@ def test_data_dir_that_is_not_a_folder(tmp_path):
         open_dataset(dict(name="digits", split="train", data_dir=str(tmp_path / "file" / "data")))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere: run as another user")
 def test_data_dir_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="data_dir=.*Permission denied"):

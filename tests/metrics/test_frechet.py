@@ -132,6 +132,7 @@ def test_commuting_covariances():
 @pytest.mark.parametrize("d", [1, 2, 16, 64])
 def test_random_covariances_match_the_matrix_square_root_of_scipy(d):
     from scipy import linalg
+
     rng = np.random.default_rng(d)
     (cov_a, cov_b), (mean_a, mean_b) = [random_spd(rng, d) for _ in "ab"], rng.normal(size=(2, d))
     root = linalg.sqrtm(cov_a @ cov_b).real
