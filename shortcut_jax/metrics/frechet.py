@@ -7,9 +7,10 @@ features; with Inception features it is the FID of Heusel et al., https://arxiv.
 import dataclasses
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.metrics.summaries import Moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,70 +19,6 @@ class Stats:
 
     mean: NDArray[np.float64]
     cov: NDArray[np.float64]
-
-
-class Moments:
-    """Running mean and covariance of features that arrive in batches.
-
-    The result does not depend on how the samples are cut into batches (1e-12 relative), and adding
-    a sample costs the same however many came before.
-    """
-
-    def __init__(self) -> None:
-        self.n = 0
-        # Sums are taken of x - shift. Raw sums of x x^T lose the covariance when the mean is large
-        # compared to the spread, because cov = E[x x^T] - mean mean^T subtracts near-equal numbers.
-        self._shift = np.zeros(0)
-        self._sum = np.zeros(0)
-        self._outer_sum = np.zeros((0, 0))
-
-    def update(self, features: ArrayLike) -> None:
-        """Adds a batch of features [n, d], n >= 0.
-
-        Raises:
-            UserError: a feature is NaN or infinite.
-            ValueError: not a matrix, or d is not that of the batches before.
-        """
-        x = np.asarray(features, np.float64)
-        if x.ndim != 2 or (self.n and x.shape[1] != self._shift.size):
-            raise ValueError(
-                f"features must be [n, {self._shift.size if self.n else 'd'}], got {x.shape}"
-            )
-        if not len(x):
-            return
-        if not np.isfinite(x).all():
-            bad = int((~np.isfinite(x)).any(axis=1).sum())
-            raise UserError(
-                f"{bad} of {len(x)} samples in a batch have NaN or infinite features; expected "
-                "finite numbers: check the model that made the images for divergence."
-            )
-        if not self.n:
-            self._shift = x.mean(axis=0)
-            self._sum = np.zeros(x.shape[1])
-            self._outer_sum = np.zeros((x.shape[1], x.shape[1]))
-        x = x - self._shift
-        self.n += len(x)
-        self._sum += x.sum(axis=0)
-        self._outer_sum += x.T @ x
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Mean [d] of the samples. Raises UserError for fewer than two samples."""
-        self._require_two()
-        return self._shift + self._sum / self.n
-
-    @property
-    def cov(self) -> NDArray[np.float64]:
-        """Unbiased covariance [d, d] (divisor n - 1). Raises UserError below two samples."""
-        self._require_two()
-        return (self._outer_sum - np.outer(self._sum, self._sum) / self.n) / (self.n - 1)
-
-    def _require_two(self) -> None:
-        if self.n < 2:
-            raise UserError(
-                f"A Fréchet distance needs the covariance of at least 2 samples, got {self.n}: "
-                "raise the number of samples."
-            )
 
 
 def frechet_distance(a: Moments | Stats, b: Moments | Stats) -> float:
