@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics.summaries import Moments
+from shortcut_jax.metrics.summaries import Moments, check_same_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,7 @@ def frechet_distance(a: Moments | Stats, b: Moments | Stats) -> float:
     """
     mean_a, cov_a = _checked(a)
     mean_b, cov_b = _checked(b)
-    if mean_a.size != mean_b.size:
-        raise UserError(
-            f"The two sets have {mean_a.size} and {mean_b.size} features per sample, expected "
-            "equal numbers: make both statistics with the same feature extractor."
-        )
+    check_same_width(mean_a.size, mean_b.size)
     # C_a = F F^T. The eigenvalues of F^T C_b F are those of C_a^(1/2) C_b C_a^(1/2). Eigenvalues of
     # C_a at rounding level are left out of F: their square roots, and those of the rounding errors
     # they leave in the product, would be 1e-8 instead of 1e-16, once for every missing dimension.

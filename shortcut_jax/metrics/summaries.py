@@ -257,6 +257,15 @@ class Marginals:
         return marginals
 
 
+def check_same_width(a: int, b: int) -> None:
+    """Raises UserError unless two sets have equally many features per image."""
+    if a != b:
+        raise UserError(
+            f"The two sets have {a} and {b} features per sample, expected equal numbers: make both "
+            "with the same feature extractor."
+        )
+
+
 def _checked(values: ArrayLike, dtype: type[np.floating], width: int | None) -> NDArray:
     """The batch [b, d] as `dtype`; raises what `Summary.update` says."""
     x = np.asarray(values, dtype)
