@@ -94,11 +94,12 @@ OPTIONAL: dict[str, Any] = {
     "autoencoder.kind": "sd",  # sd | tiny (for tests)
     "autoencoder.weights": "",  # path of diffusion_pytorch_model.safetensors, or "random"
     "autoencoder.scale": 0.18215,  # latents times this have variance about 1
-    # For the metric fid, docs/metrics.md.
-    "eval.few_samples": False,  # measure a FID of fewer than 2,048 images
+    # For metrics of published networks, docs/metrics.md.
+    "eval.protocols": ("adm",),  # adm | pytorch_fid | clean | authors: how images are prepared
+    "eval.reference": "",  # file made by `eval ref`; "" = the images of data.split
+    "eval.allow_small_n": False,  # measure a FID of fewer than 2,048 images
     "eval.inception_weights": "",  # file of the FID's network; "random" for a trial without it
     "eval.inception_sha256": "",  # of that file; "" = the published one, else it is no FID
-    "eval.inception_protocol": "tensorflow",  # tensorflow | pytorch_fid: how images are resized
 }
 
 # Keys that a resumed run may change: none of them decides what is trained.

@@ -1,72 +1,125 @@
-"""Evaluates a run: python -m shortcut_jax.eval --config=configs/digits.py --workdir=runs/digits."""
+"""Evaluates: samples, statistics of references, and the numbers that compare them.
 
-from pathlib import Path
+  python -m shortcut_jax.eval run    --config=configs/digits.py --workdir=runs/digits
+  python -m shortcut_jax.eval follow --config=configs/digits.py --workdir=runs/digits
+  python -m shortcut_jax.eval sample --config=configs/digits.py --workdir=runs/digits --out=s.npz
+  python -m shortcut_jax.eval ref    --config=configs/imagenet.py --out=imagenet256.npz
+  python -m shortcut_jax.eval calc   --images=s.npz --reference=imagenet256.npz --metrics=fid,kid
 
-from absl import flags, logging
+`run` is meant where no verb is given. docs/metrics.md explains them.
+"""
 
-from shortcut_jax import cli, config_flag, workdir_flag
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from absl import flags
+
+from shortcut_jax import cli, config_flag, workdir_flag  # noqa: F401 (defines --workdir)
 from shortcut_jax.errors import UserError
 
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; the newest if not given.")
-SAVE_SAMPLES = flags.DEFINE_string(
-    "save_samples",
-    None,
-    "Write all samples to this .npz: arr_0 uint8 NHWC, arr_1 labels. With several numbers of "
-    "sampling steps, one file each: NAME_4.npz.",
+STEPS = flags.DEFINE_list(
+    "steps", [], "Numbers of sampling steps, e.g. 1,4,128; eval.steps if not given."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be evaluated, and stop.")
+PARAMS = flags.DEFINE_list("params", [], "Parameters, e.g. ema,online; eval.params if not given.")
+CFG_SCALES = flags.DEFINE_list(
+    "cfg_scales", [], "Scales of guidance, where it is applied while sampling; else the trained."
+)
+SAVE_SAMPLES = flags.DEFINE_string(
+    "save_samples", None, "Write all samples here too: see --out of sample."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check, print what would be done, and stop.")
+OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "sample: an .npz with arr_0 (images NHWC) and arr_1 (labels), or a folder of PNG files; with "
+    "several ways to sample one each, NAME_4.npz. ref: the .npz to write. calc: JSON to write.",
+)
+POLL = flags.DEFINE_float("poll_seconds", 30.0, "Time between two looks for checkpoints.", 0.01)
+GIVE_UP = flags.DEFINE_float(
+    "give_up_after", 0.0, "End with an error after so many seconds without one; 0 = never.", 0.0
+)
+IMAGES = flags.DEFINE_string(
+    "images",
+    None,
+    "Folder, zip or .npz of images. ref: also an .npz with mu and sigma of ADM, pytorch-fid or the "
+    "authors.",
+)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "A file made by ref, or a folder, zip or .npz of images."
+)
+METRICS = flags.DEFINE_list("metrics", ["fid"], "Names of metrics: fid, sfid, is, kid, ...")
+PROTOCOLS = flags.DEFINE_list("protocols", ["adm"], "How images are prepared: adm, clean, ...")
+INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", "", "As eval.inception_weights.")
+INCEPTION_SHA256 = flags.DEFINE_string("inception_sha256", "", "As eval.inception_sha256.")
+ALLOW_SMALL_N = flags.DEFINE_bool("allow_small_n", False, "Measure fewer images than is sensible.")
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Of the images behind mu and sigma, which do not tell.", 1
+)
+NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", None, "How many images are behind mu and sigma, if known.", 1
+)
 
 
-def main() -> None:
-    """Samples from one checkpoint, measures, and writes results, pictures and samples."""
-    import jax
+class Verb(NamedTuple):
+    """What a verb is.
 
-    from shortcut_jax import checkpoint, evaluation, run
+    Attributes:
+      function: name of it in `shortcut_jax.verbs`.
+      config: whether it needs --config ("yes"), may have one ("may") or has none ("no").
+      takes: the flags of this module that it has.
+    """
 
-    config, workdir = config_flag.CONFIG.value, workdir_flag.workdir()
-    samples = Path(SAVE_SAMPLES.value) if SAVE_SAMPLES.value else None
-    if samples and (samples.suffix != ".npz" or samples.is_dir()):
-        raise UserError(
-            f"--save_samples={samples} does not name an .npz file; expected one to write: "
-            "give, for example, --save_samples=samples.npz."
-        )
-    setup = run.prepare(config)
-    run.check_workdir_for_evaluation(config, workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    step = checkpoints.choose(STEP.value, "--step")
-    if DRY_RUN.value:
-        print(run.summary(setup))
-        print(f"checkpoint           {checkpoints.directory / str(step)}")
-        return
-    if jax.process_index() == 0:
-        cli.check_writable("--workdir", Path(workdir) / "eval")
-        if samples:
-            cli.check_writable("--save_samples", samples.parent)
-
-    keep = config.eval.num_samples if samples else 0
-    found = evaluation.evaluate_checkpoint(setup, workdir, step, keep)
-    if samples and jax.process_index() == 0:
-        save_samples(samples, found)
-    folder = evaluation.report(workdir, found.first_rows(config.eval.grid_rows))
-    if folder is not None:
-        if found.records:
-            print(evaluation.table(found.records), end="\n\n")
-        print(f"samples   {folder / 'samples.png'}   rows: the same noise, columns: sampling steps")
-        if found.records:
-            print(f"curve     {folder / 'curve.png'}   distance against sampling steps")
-            print(f"results   {folder.parent / 'results.jsonl'}   every number with its protocol")
+    function: str
+    config: str
+    takes: tuple[flags.FlagHolder, ...]
 
 
-def save_samples(path: Path, found) -> None:
-    """Writes one .npz per number of sampling steps, in the form the ADM evaluator reads."""
-    import numpy as np
+_GRID = (STEPS, PARAMS, CFG_SCALES)
+_NETWORKS = (METRICS, PROTOCOLS, INCEPTION_WEIGHTS, INCEPTION_SHA256, ALLOW_SMALL_N)
+VERBS = {
+    "run": Verb("run_", "yes", (STEP, *_GRID, SAVE_SAMPLES, DRY_RUN)),
+    "follow": Verb("follow", "yes", (*_GRID, POLL, GIVE_UP, DRY_RUN)),
+    "sample": Verb("sample", "yes", (STEP, *_GRID, OUT, DRY_RUN)),
+    "ref": Verb("ref", "may", (IMAGES, IMAGE_SIZE, NUM_IMAGES, *_NETWORKS, OUT, DRY_RUN)),
+    "calc": Verb("calc", "no", (IMAGES, REFERENCE, *_NETWORKS, OUT, DRY_RUN)),
+}
+_OWN = {holder.name for verb in VERBS.values() for holder in verb.takes}
 
-    for num_steps, images in found.samples.items():
-        several = len(found.samples) > 1
-        file = path.with_name(f"{path.stem}_{num_steps}.npz") if several else path
-        np.savez(file, arr_0=images, arr_1=found.labels)
-        logging.info("Wrote %d samples to %s.", len(images), file)
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses PROGRAM [VERB] --flag=value ...; returns PROGRAM and the verb."""
+    named = len(argv) > 1 and not argv[1].startswith("-")
+    name = argv[1] if named else "run"
+    rest = [argv[0], *argv[2 if named else 1 :]]
+    if name not in VERBS:
+        cli.fail(f"{name!r} is not a verb; expected one of {', '.join(VERBS)}, and flags after it.")
+    verb = VERBS[name]
+    has_config = any(a.lstrip("-").startswith("config") for a in rest[1:])
+    if verb.config == "yes" or (verb.config == "may" and has_config):
+        config_flag.parse(rest)
+    else:
+        cli.parse_flags(rest)
+    return [argv[0], name]
+
+
+def main(name: str) -> None:
+    """Does what a verb says."""
+    from shortcut_jax import verbs
+
+    verb = VERBS[name]
+    for flag in sorted(_OWN - {holder.name for holder in verb.takes}):
+        if flags.FLAGS[flag].present:
+            fitting = [n for n, v in VERBS.items() if flag in {h.name for h in v.takes}]
+            raise UserError(
+                f"--{flag} is given, but {name} has no such flag; expected it with "
+                f"{' or '.join(fitting)}: leave it out."
+            )
+    if verb.config == "no" and flags.FLAGS["config"].present:
+        raise UserError(f"--config is given, but {name} needs none; leave it out.")
+    function: Callable[[], None] = getattr(verbs, verb.function)
+    function()
 
 
 if __name__ == "__main__":
-    config_flag.main(main)
+    cli.main(main, parse)

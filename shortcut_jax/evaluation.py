@@ -1,27 +1,39 @@
 """Evaluation: one code path for the training loop and the evaluation binary.
 
-Samples in 1, 2, 4 ... steps from the same noise; exactly N of them; distances to the data in the
-features of each metric; every number written with its whole protocol.
+Samples in 1, 2, 4 ... steps from the same noise; exactly N of them; everything that the metrics
+need of them in one pass; every number written with its whole protocol.
 """
 
 import dataclasses
-import hashlib
-import json
-import math
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
+from numpy.typing import NDArray
 
-from shortcut_jax import checkpoint, data, metrics, pictures, run, sampling, sharding, state
-from shortcut_jax.data import pipeline
+from shortcut_jax import checkpoint, data, metrics, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset
-from shortcut_jax.files import write_atomically
-from shortcut_jax.logs import MetricLogger
+from shortcut_jax.metrics import gauges as gauges_lib
+from shortcut_jax.metrics import references
+from shortcut_jax.metrics.protocols import QUANTISE
+from shortcut_jax.partial import Partial
+from shortcut_jax.progress import Progress
+from shortcut_jax.sample_files import Sink
+
+PARTIAL = "partial"  # folder in eval/
+
+
+class Cell(NamedTuple):
+    """One way to sample from a checkpoint."""
+
+    params: str  # name of the parameters
+    cfg_scale: float
+    num_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,131 +41,203 @@ class Evaluation:
     """What one evaluation of one checkpoint found."""
 
     step: int  # of the checkpoint
-    records: list[dict[str, Any]]  # one per metric and number of sampling steps
-    samples: dict[int, np.ndarray]  # sampling steps -> uint8 [n, H, W, C], the first n samples
-    labels: np.ndarray  # [n] int32
-
-    def first_rows(self, n: int) -> "Evaluation":
-        """The same with no more than n samples."""
-        samples = {steps: images[:n] for steps, images in self.samples.items()}
-        return dataclasses.replace(self, samples=samples, labels=self.labels[:n])
+    records: list[dict[str, Any]]  # one per cell and metric
+    samples: dict[Cell, NDArray[np.uint8]]  # the first samples [n, H, W, C], for pictures
 
 
 class Evaluator:
-    """Measures parameters of one network against one data set.
+    """Samples from parameters of one network, and measures the samples.
 
     Args:
       setup: from `run.prepare`.
-      images: the reference, all rows of the split that is trained on; None if nothing is measured.
+      images: the reference, all rows of the split that is trained on; None if nothing is measured,
+        or the config names stored statistics.
       params_sharding: tree of shardings of the parameters.
+
+    Raises:
+      UserError: the weights of a metric, or stored statistics, are not what is asked for.
     """
 
     def __init__(self, setup: run.Setup, images: Dataset | None, params_sharding: Any):
-        self._setup = setup
-        self._images = images
-        self._sample = sampling.make_sampler(
-            setup.objective,
-            state.apply_fn(setup.network),
-            params_sharding,
-            setup.mesh,
-            seed=setup.config.eval.seed,
-            image_shape=setup.image_shape,
-            num_classes=setup.num_classes,
-        )
+        self._setup, self._params_sharding = setup, params_sharding
+        self._samplers: dict[float, sampling.Sampler] = {}
         section = setup.config.eval
-        for name in section.metrics:
-            size = self._dataset.size
-            what = f"The reference {self._dataset.name}/{self._dataset.split} of {size} images"
-            metrics.check_count(name, size, what, section)
-        self._extractors = {
-            name: metrics.load_extractor(name, **metrics.options(name, section))
-            for name in section.metrics
-        }
-        self._references: dict[str, metrics.Stats] = {}
+        self._gauges = gauges_lib.build(section)
+        self._references: list[references.Reference] | None = None
+        stored = section.get("reference", "")
+        if stored and self._gauges:
+            path = Path(stored)
+            there = references.load(path)
+            self._references = [references.choose(path, there, g) for g in self._gauges]
+            for reference in self._references:
+                references.check_shape(path, reference, data.describe(setup.config.data)[0])
+                self._check_count(reference.facts["num_images"], path)
+        else:
+            self._images = images
+            if images is not None:
+                self._check_count(images.size, f"{images.name}/{images.split}")
 
-    def run(self, params: Any, step: int, steps: Sequence[int], keep: int = 0) -> Evaluation:
+    def _check_count(self, count: int | None, where: Any) -> None:
+        section = self._setup.config.eval
+        for name in section.metrics:
+            if metrics.find(name).needs_reference and count is not None:
+                what = f"The reference {where} of {count} images"
+                metrics.check_count(name, count, what, section)
+
+    def run(
+        self,
+        params: Any,
+        step: int,
+        cells: Sequence[Cell],
+        *,
+        partial: Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        sink: Callable[[Cell], Sink] | None = None,
+    ) -> Evaluation:
         """Samples and measures.
 
         Args:
-          params: the parameters that `config.eval.params` names.
+          params: the parameters that the cells name.
           step: training step they come from, for the record.
-          steps: numbers of sampling steps.
-          keep: how many samples to return; the picture's rows at least.
+          cells: ways to sample.
+          partial: folder that keeps what a killed evaluation goes on from.
+          identity: what says, with step and config, that parameters are the same as before.
+          sink: makes what takes all samples of a cell.
         """
-        config = self._setup.config
-        keep = min(config.eval.num_samples, max(keep, config.eval.grid_rows))
-        records, kept = [], {}
-        labels = np.zeros(0, np.int32)
-        for num_steps in steps:
-            moments = {name: metrics.Moments() for name in self._extractors}
-            images: list[np.ndarray] = []
-            labels_kept: list[np.ndarray] = []
-            for batch, batch_labels in self._samples(params, num_steps):
-                for name, extractor in self._extractors.items():
-                    moments[name].update(extractor.features(batch))
-                if sum(len(image) for image in images) < keep:
-                    images.append(batch)
-                    labels_kept.append(batch_labels)
-            kept[num_steps] = np.concatenate(images)[:keep]
-            labels = np.concatenate(labels_kept)[:keep]
-            for name in self._extractors:
-                value = metrics.frechet_distance(moments[name], self._reference(name))
-                records.append(self._record(name, value, step, num_steps))
-        return Evaluation(step, records, kept, labels)
+        records, pictures = [], {}
+        for cell in cells:
+            into = sink(cell) if sink else None
+            decisive = {"step": step, **self._facts(cell), **(identity or {})}
+            if into is not None:
+                decisive["sink"] = str(into.path)
+            kept = Partial(partial, decisive)
+            collections, pictures[cell] = self._sample(params, cell, kept, into)
+            if into is not None:
+                into.close()
+            for gauge, collection, reference in zip(
+                self._gauges, collections, self.compared_with(), strict=True
+            ):
+                for name, value in gauge.values(collection, reference.summaries).items():
+                    records.append(self._record(gauge, reference, name, value, step, cell))
+        return Evaluation(step, records, pictures)
 
-    def _samples(self, params: Any, num_steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Exactly num_samples of uint8 images [b, H, W, C] and labels [b]."""
-        total, size = self._setup.config.eval.num_samples, self._setup.config.eval.batch_size
-        for first in range(0, total, size):
-            # The last batch is sampled whole and cut: every program has one shape.
-            images, labels = self._sample(params, np.arange(first, first + size), num_steps)
-            n = min(size, total - first)
-            pixels = sharding.to_host(self._setup.space.decode(images))[:n]
-            yield sampling.to_uint8(pixels), sharding.to_host(labels)[:n]
-
-    def _reference(self, name: str) -> metrics.Stats:
-        if name not in self._references:
-            moments = metrics.Moments()
+    def compared_with(self) -> list[references.Reference]:
+        """What samples are compared with, by gauge; a data set is read when this is first asked."""
+        if self._references is None:
             workers = self._setup.config.data.get("workers", 0)
-            size = min(1000, 2**25 // math.prod(self._dataset.image_shape))  # up to 32 MiB
-            with pipeline.reading(self._dataset, workers) as images:
-                for rows in pipeline.in_order(images, 0, images.size, size, max(2, workers)):
-                    moments.update(self._extractors[name].features(rows["image"]))
-            self._references[name] = metrics.Stats(moments.mean, moments.cov)
-        return self._references[name]
+            self._references = references.measure(self._gauges, self._images, workers)
+        return self._references
 
-    @property
-    def _dataset(self) -> Dataset:
-        assert self._images is not None  # because there are metrics
-        return self._images
+    def try_out(self, params: Any, cells: Sequence[Cell]) -> None:
+        """Samples and measures one batch for nothing, so that what fails does so at once.
 
-    def _record(self, name: str, value: float, step: int, num_steps: int) -> dict[str, Any]:
-        setup, config, reference = self._setup, self._setup.config, self._reference(name)
-        extractor = self._extractors[name]
+        One with each of the compiled samplers, in the fewest steps. Nothing is done if a batch is
+        all there is.
+        """
+        section = self._setup.config.eval
+        if section.num_samples <= section.batch_size:
+            return
+        first: dict[tuple[float, bool], Cell] = {}
+        for cell in sorted(cells, key=lambda cell: cell.num_steps):
+            first.setdefault((cell.cfg_scale, self._setup.objective.guided(cell.num_steps)), cell)
+        for cell in first.values():
+            collections = [gauge.of_samples(section.batch_size) for gauge in self._gauges]
+            images, _ = self._dispatch(params, cell, 0)
+            self._update(collections, sharding.local_rows(images), section.batch_size)
+
+    def _sample(
+        self, params: Any, cell: Cell, partial: Partial, sink: Sink | None
+    ) -> tuple[list[gauges_lib.Collection], NDArray[np.uint8]]:
+        """Exactly num_samples samples: their summaries, and the first ones as pictures."""
+        section = self._setup.config.eval
+        total, size = section.num_samples, section.batch_size
+        collections = [gauge.of_samples(total) for gauge in self._gauges]
+        # Samples that are not in the sink must be drawn again.
+        stored = partial.load() if sink is None or sink.resumes else {}
+        begin = int(stored.get("next", 0))
+        pictures = [stored["pictures"]] if begin else []
+        for i, collection in enumerate(collections if begin else []):
+            prefix = f"{i}/"
+            collection.restore(
+                {k.removeprefix(prefix): a for k, a in stored.items() if k.startswith(prefix)}
+            )
+        progress = Progress(f"samples in {cell.num_steps} steps", total, begin)
+        for first, images, labels in self._batches(params, cell, begin):
+            n = min(size, total - first)  # the last batch is sampled whole and cut
+            self._update(collections, images, n)
+            if sum(map(len, pictures)) < section.grid_rows:
+                pictures.append(sampling.to_uint8(self._whole(images)[:n]))
+            if sink is not None:
+                sink.write(first, self._whole(images)[:n], sharding.to_host(labels)[:n])
+            done = first + n
+            progress(done)
+            partial.store(_state(done, pictures, collections), now=done == total)
+        return collections, np.concatenate(pictures)[: section.grid_rows]
+
+    def _batches(
+        self, params: Any, cell: Cell, begin: int
+    ) -> Iterator[tuple[int, NDArray[np.float32], jax.Array]]:
+        """Index of the first sample, images of this process, labels of all, batch by batch.
+
+        The next batch is given to the devices before this one is measured on the host.
+        """
+        section = self._setup.config.eval
+        ahead = None
+        for first in range(begin, section.num_samples, section.batch_size):
+            following = first, *self._dispatch(params, cell, first)
+            if ahead is not None:
+                yield ahead[0], sharding.local_rows(ahead[1]), ahead[2]
+            ahead = following
+        if ahead is not None:
+            yield ahead[0], sharding.local_rows(ahead[1]), ahead[2]
+
+    def _dispatch(self, params: Any, cell: Cell, first: int) -> tuple[jax.Array, jax.Array]:
+        """Starts one batch of samples, decoded, and their labels; all have one shape."""
+        indices = np.arange(first, first + self._setup.config.eval.batch_size)
+        x, labels = self._sampler(cell.cfg_scale)(params, indices, cell.num_steps)
+        return self._setup.space.decode(x), labels
+
+    def _update(
+        self, collections: Sequence[gauges_lib.Collection], images: NDArray[Any], n: int
+    ) -> None:
+        """Adds the first n images of a batch, of which each process has its own rows."""
+        for gauge, collection in zip(self._gauges, collections, strict=True):
+            outputs = gauge.extractor.outputs(images)
+            collection.update({k: self._whole(a)[:n] for k, a in outputs.items()})
+
+    def _whole(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """A batch of which each process has its own rows."""
+        return sharding.gather_rows(rows, self._setup.mesh)
+
+    def _sampler(self, cfg_scale: float) -> sampling.Sampler:
+        if cfg_scale not in self._samplers:
+            setup = self._setup
+            self._samplers[cfg_scale] = sampling.make_sampler(
+                dataclasses.replace(setup.objective, cfg_scale=cfg_scale),  # type: ignore[type-var]
+                state.apply_fn(setup.network),
+                self._params_sharding,
+                setup.mesh,
+                seed=setup.config.eval.seed,
+                image_shape=setup.image_shape,
+                num_classes=setup.num_classes,
+            )
+        return self._samplers[cfg_scale]
+
+    def _facts(self, cell: Cell) -> dict[str, Any]:
+        """What decides the samples of a cell, beside the checkpoint."""
+        setup, config = self._setup, self._setup.config
         return {
-            "metric": metrics.label(name, extractor, config.eval.num_samples),
-            "value": value,
-            "step": step,
             "num_samples": config.eval.num_samples,
-            "sampling_steps": num_steps,
+            "sampling_steps": cell.num_steps,
             "sampler": setup.objective.sampler,
             "objective": config.objective.name,
-            "params": config.eval.params,
+            "params": cell.params,
             "ema_rate": config.ema_rate,
-            "cfg_scale": config.objective.cfg_scale,
-            "guided": setup.objective.guided(num_steps) and config.objective.cfg_scale != 1.0,
+            "cfg_scale": cell.cfg_scale,
+            "guided": setup.objective.guided(cell.num_steps) and cell.cfg_scale != 1.0,
             "labels": "uniform",
             "seed": config.eval.seed,
             **setup.space.record(),
-            "quantisation": "uint8, (x+1)*127.5 rounded",
-            "resize": extractor.resize,
-            "extractor_sha256": extractor.sha256,
-            "reference": f"{self._dataset.name}/{self._dataset.split}",
-            "reference_size": self._dataset.size,
-            "reference_fingerprint": self._dataset.fingerprint,
-            "reference_sha256": hashlib.sha256(
-                reference.mean.tobytes() + reference.cov.tobytes()
-            ).hexdigest(),
             "dtype": np.dtype(setup.network.dtype).name,
             "backend": jax.default_backend(),
             "devices": setup.mesh.size,
@@ -162,83 +246,129 @@ class Evaluator:
             **run.versions(),
         }
 
+    def _record(
+        self,
+        gauge: gauges_lib.Gauge,
+        reference: references.Reference,
+        name: str,
+        value: metrics.Value,
+        step: int,
+        cell: Cell,
+    ) -> dict[str, Any]:
+        extractor, facts = gauge.extractor, self._facts(cell)
+        against = {
+            "reference": reference.facts["source"],
+            "reference_size": reference.facts["num_images"],
+            "reference_fingerprint": reference.facts["fingerprint"],
+            "reference_sha256": reference.sha256,
+        }
+        return {
+            "metric": metrics.label(name, extractor, facts["num_samples"]),
+            "value": value.value,
+            **value.facts,
+            "step": step,
+            **facts,
+            "protocol": extractor.protocol.name,
+            "quantisation": QUANTISE[extractor.protocol.quantise][1],
+            "resize": extractor.protocol.text,
+            "extractor_sha256": extractor.sha256,
+            **(against if metrics.find(name).needs_reference else {}),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What to sample from a checkpoint; where one is empty, as the config says."""
+
+    steps: tuple[int, ...] = ()
+    params: tuple[str, ...] = ()
+    cfg_scales: tuple[float, ...] = ()
+
+
+def cells(setup: run.Setup, grid: Grid) -> list[Cell]:
+    """The ways to sample that a grid asks for; a scale that changes nothing makes none."""
+    section, objective = setup.config.eval, setup.objective
+    own = (objective.cfg_scale,)
+    return [
+        Cell(which, scale, num_steps)
+        for which in grid.params or (section.params,)
+        for num_steps in grid.steps or section.steps
+        for scale in (grid.cfg_scales if objective.guided(num_steps) else own) or own
+    ]
+
+
+def check_grid(setup: run.Setup, grid: Grid) -> None:
+    """Raises UserError for the first thing in a grid that this model cannot be sampled with."""
+    objective = setup.objective
+    for num_steps in grid.steps:
+        objective.check_steps(num_steps)
+    for scale in grid.cfg_scales:
+        steps = grid.steps or setup.config.eval.steps
+        guided = [n for n in steps if objective.guided(n)]
+        sampling.check_cfg_scale(setup.config.objective, objective, scale, (guided or steps)[0])
+
 
 def evaluate_checkpoint(
-    setup: run.Setup, workdir: str | os.PathLike[str], step: int, keep: int = 0
+    setup: run.Setup,
+    workdir: str | os.PathLike[str],
+    step: int,
+    grid: Grid = Grid(),  # noqa: B008 (it cannot be changed)
+    sink: Callable[[Cell], Sink] | None = None,
 ) -> Evaluation:
-    """Samples from a checkpoint in all numbers of `config.eval.steps`, and measures.
+    """Samples from a checkpoint in all the ways of a grid, and measures.
+
+    Killed and called again, it goes on where it was: see `shortcut_jax.partial`.
 
     Args:
       setup: from `run.prepare`.
       workdir: of the run.
       step: of the checkpoint.
-      keep: see `Evaluator.run`.
+      grid: steps, parameters and guidance.
+      sink: see `Evaluator.run`.
 
     Raises:
-      UserError: data or checkpoint cannot be read.
+      UserError: data, statistics or checkpoint cannot be read, or the model does not have what the
+        grid asks for.
     """
     config = setup.config
-    images = data.open_dataset(config.data) if config.eval.metrics else None
+    check_grid(setup, grid)
+    reads = config.eval.metrics and not config.eval.get("reference", "")
+    images = data.open_dataset(config.data) if reads else None
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    params, shardings = run.restore_params(setup, checkpoints, step, config.eval.params)
-    logging.info("Evaluating the %s parameters of step %d.", config.eval.params, step)
-    return Evaluator(setup, images, shardings).run(params, step, config.eval.steps, keep)
-
-
-def report(
-    workdir: str | os.PathLike[str], found: Evaluation, logger: MetricLogger | None = None
-) -> Path | None:
-    """Writes records to eval/results.jsonl and pictures to eval/STEP/; on process 0 only.
-
-    A record replaces an earlier one of the same protocol, so evaluating again leaves one line.
-
-    Returns:
-      The folder of the pictures, or None on other processes.
-    """
-    if jax.process_index() != 0:
-        return None
-    folder = Path(workdir) / "eval" / str(found.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_records(folder.parent / "results.jsonl", found.records)
-    rows = min(map(len, found.samples.values()))
-    grid = pictures.sample_grid(found.samples, folder / "samples.png", rows=rows)
-    points: dict[str, list[tuple[int, float]]] = {}
-    for record in found.records:
-        points.setdefault(record["metric"], []).append((record["sampling_steps"], record["value"]))
-    if points:
-        pictures.curve(points, folder / "curve.png", "distance", f"step {found.step:,}")
-    for record in found.records:
-        logging.info(
-            "%s at step %d, %d sampling steps, %d samples: %.4f",
-            *(record[k] for k in ("metric", "step", "sampling_steps", "num_samples", "value")),
+    evaluator, parts = None, []
+    for which, ways in itertools.groupby(cells(setup, grid), lambda cell: cell.params):
+        of_params = list(ways)
+        params, shardings = run.restore_params(setup, checkpoints, step, which)
+        if evaluator is None:
+            evaluator = Evaluator(setup, images, shardings)
+            evaluator.compared_with()
+            evaluator.try_out(params, of_params)
+        logging.info("Evaluating the %s parameters of step %d.", which, step)
+        parts.append(
+            evaluator.run(
+                params,
+                step,
+                of_params,
+                partial=Path(workdir) / "eval" / PARTIAL / str(step),
+                identity={"checkpoint": (checkpoints.directory / str(step)).stat().st_mtime_ns},
+                sink=sink,
+            )
         )
-    if logger is not None:
-        logger.scalars(
-            found.step,
-            {f"eval/{r['metric']}/{r['sampling_steps']}_steps": r["value"] for r in found.records},
-        )
-        logger.image(found.step, "samples", grid)
-    return folder
+        del params  # before the next are read
+    return Evaluation(
+        step,
+        [record for part in parts for record in part.records],
+        {cell: images for part in parts for cell, images in part.samples.items()},
+    )
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Metrics by number of sampling steps, as text."""
-    columns = sorted({r["sampling_steps"] for r in records})
-    names = list(dict.fromkeys(r["metric"] for r in records))
-    values = {(r["metric"], r["sampling_steps"]): r["value"] for r in records}
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{n:>9}" for n in columns) + "   sampling steps"]
-    for name in names:
-        cells = [f"{values[name, n]:9.3f}" if (name, n) in values else " " * 9 for n in columns]
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def _write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    def protocol(record):
-        return {k: v for k, v in record.items() if k != "value"}
-
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    new = [protocol(record) for record in records]
-    lines = [r for r in old if protocol(r) not in new] + list(records)
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in lines).encode())
+def _state(
+    done: int,
+    pictures: Sequence[NDArray[np.uint8]],
+    collections: Sequence[gauges_lib.Collection],
+) -> dict[str, NDArray[Any]]:
+    """What a pass goes on from."""
+    found = {"next": np.asarray(done), "pictures": np.concatenate(pictures)}
+    for i, collection in enumerate(collections):
+        found |= {f"{i}/{name}": array for name, array in collection.arrays().items()}
+    return found

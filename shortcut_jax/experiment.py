@@ -11,8 +11,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import evaluation, run, train
+from shortcut_jax import evaluation, evaluation_report, run, train
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation_report import metric_name
 from shortcut_jax.files import read_json, write_atomically
 
 RESULT = "result.json"  # in the workdir of an experiment that is done
@@ -54,9 +55,9 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
             return
     train_once(config, workdir)
     found = evaluation.evaluate_checkpoint(run.prepare(config), workdir, config.total_steps)
-    evaluation.report(workdir, found)
+    evaluation_report.report(workdir, found)
     if jax.process_index() == 0:
-        arrays: dict[str, Any] = {str(n): images for n, images in found.samples.items()}
+        arrays: dict[str, Any] = {str(c.num_steps): images for c, images in found.samples.items()}
         np.savez(workdir / "samples.npz", **arrays)
         result = {**facts, "config": flat, "records": found.records}
         write_atomically(workdir / RESULT, json.dumps(result, indent=1).encode())
@@ -71,7 +72,7 @@ def values(results: Sequence[Mapping[str, Any]]) -> Values:
     found: Values = {}
     for result in results:
         for record in result["records"]:
-            by_steps = found.setdefault(record["metric"], {}).setdefault(result["name"], {})
+            by_steps = found.setdefault(metric_name(record), {}).setdefault(result["name"], {})
             by_steps.setdefault(str(record["sampling_steps"]), []).append(record["value"])
     return found
 

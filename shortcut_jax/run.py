@@ -77,7 +77,7 @@ def prepare(config: ConfigDict, measures: bool = True) -> Setup:
     """
     check(config)
     for name in config.eval.metrics if measures else ():
-        metrics.check_files(name, **metrics.options(name, config.eval))
+        metrics.check_files(name, config.eval)
     spaces.check_files(config)
     return build(config, sharding.make_mesh(*validation.check_devices(config, jax.device_count())))
 
@@ -101,7 +101,8 @@ def open_data(setup: Setup) -> tuple[Dataset, Dataset | None]:
       UserError: they cannot be read, or are not what the config says.
     """
     config, space = setup.config, setup.space
-    measures = bool(config.eval.every and config.eval.metrics)
+    section = config.eval
+    measures = bool(section.every and section.metrics and not section.get("reference", ""))
     latents = config.data.get("latents", "")
     images = data.open_dataset(config.data) if measures or not latents else None
     if isinstance(space, spaces.Latents) and latents:

@@ -7,8 +7,9 @@ The noise and the label of sample i depend on i and the seed alone. From a train
 """
 
 import functools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from shortcut_jax import rng, sharding
+from shortcut_jax.errors import UserError
+from shortcut_jax.metrics.protocols import quantise
 from shortcut_jax.objectives import Objective
 from shortcut_jax.objectives.base import Velocity, sampling_velocity
 
@@ -173,6 +176,38 @@ def load(
     return trained.load(workdir, step, params, autoencoder)
 
 
+def check_cfg_scale(
+    section: Mapping[str, Any], objective: Objective, cfg_scale: float, num_steps: int
+) -> None:
+    """Refuses a scale of guidance that a model cannot be sampled with.
+
+    Args:
+      section: objective of the config it was trained with.
+      objective: built from it.
+      cfg_scale: asked for.
+      num_steps: number of sampling steps.
+
+    Raises:
+      UserError: it is not the scale of the training, and another one is not possible.
+    """
+    if cfg_scale == section["cfg_scale"]:
+        return
+    if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
+        why = "it is neither 0 (no labels) nor 1 (no guidance) nor another positive number"
+    elif section["cfg_scale"] == 0:
+        why = "the model was trained without labels"
+    elif not objective.guided(num_steps):
+        why = f"samples in {num_steps} steps are not guided: the guidance is in the weights"
+    elif cfg_scale != 1 and section["class_dropout"] == 0:
+        why = "guidance needs the null label, never trained (objective.class_dropout=0)"
+    else:
+        return
+    raise UserError(
+        f"cfg_scale={cfg_scale} is not possible for this {section['name']} model, because {why}; "
+        f"expected {section['cfg_scale']}, its objective.cfg_scale: leave cfg_scale out."
+    )
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] to 0..255, clipped, rounded to the nearest."""
-    return np.clip(np.rint((images + 1.0) * 127.5), 0, 255).astype(np.uint8)
+    return quantise("round", images)

@@ -83,3 +83,18 @@ def to_host(a: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(a, tiled=True))
+
+
+def local_rows(a: jax.Array) -> np.ndarray:
+    """The rows of a batch that this process holds, in order."""
+    if a.is_fully_addressable:
+        return np.asarray(a)
+    shards = {shard.index[0].start: shard.data for shard in a.addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+
+
+def gather_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Rows of a batch, each process giving what `local_rows` gives it, whole on every process."""
+    if jax.process_count() == 1:
+        return rows
+    return to_host(to_global(rows, batch_sharding(mesh)))

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from shortcut_jax import (
     checkpoint,
     evaluation,
+    evaluation_report,
     pairs,
     pretrained,
     rng,
@@ -185,6 +186,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     state_sharding = sharding.shard_tree(state_shape, mesh)
     if config.eval.every:
         evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
+        ways_to_sample = evaluation.cells(setup, evaluation.Grid(config.eval.steps_in_loop))
 
     start = checkpoints.latest()
     if start is None:
@@ -252,8 +254,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 jax.block_until_ready(train_state)
                 with clock.phase("evaluate"):
                     params = getattr(train_state, state.PARAMS_FIELD[config.eval.params])
-                    results = evaluator.run(params, step, config.eval.steps_in_loop)
-                    evaluation.report(workdir, results, logger)
+                    results = evaluator.run(params, step, ways_to_sample)
+                    evaluation_report.report(workdir, results, logger)
 
             if new and (last or step % config.checkpoint.every == 0):
                 jax.block_until_ready(train_state)

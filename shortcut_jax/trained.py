@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -135,7 +134,8 @@ class Model:
                 "out num, there is one sample for each label."
             )
         if cfg_scale is not None:
-            self._check_cfg_scale(cfg_scale, num_steps)
+            section = self.setup.config.objective
+            sampling.check_cfg_scale(section, self.setup.objective, cfg_scale, num_steps)
         if labels is not None:
             self._check_labels(labels, cfg_scale)
 
@@ -152,25 +152,6 @@ class Model:
                 f"labels={_short(labels)} is given, but sampling is unconditional (cfg_scale=0); "
                 "expected no labels, which would change nothing: leave them out."
             )
-
-    def _check_cfg_scale(self, cfg_scale: float, num_steps: int) -> None:
-        objective, section = self.setup.objective, self.setup.config.objective
-        if cfg_scale == section.cfg_scale:
-            return
-        if not (math.isfinite(cfg_scale) and cfg_scale >= 0):
-            why = "it is neither 0 (no labels) nor 1 (no guidance) nor another positive number"
-        elif section.cfg_scale == 0:
-            why = "the model was trained without labels"
-        elif not objective.guided(num_steps):
-            why = f"samples in {num_steps} steps are not guided: the guidance is in the weights"
-        elif cfg_scale != 1 and section.class_dropout == 0:
-            why = "guidance needs the null label, never trained (objective.class_dropout=0)"
-        else:
-            return
-        raise UserError(
-            f"cfg_scale={cfg_scale} is not possible for this {section.name} model, because {why}; "
-            f"expected {section.cfg_scale}, its objective.cfg_scale: leave cfg_scale out."
-        )
 
     def _draw(
         self,

@@ -145,7 +145,6 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.on_nonfinite": ("stop", "skip"),
     "eval.params": ("ema", "online"),
-    "eval.inception_protocol": ("tensorflow", "pytorch_fid"),
 }
 
 
@@ -198,7 +197,7 @@ def _check_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
         f"({', '.join(sorted(foreign))}); choose the objective by the config argument instead, "
         f"--config=FILE.py:objective={name}.",
     )
-    known = {**common, **OPTIONAL, **options, "objective.name": name}
+    known = {**common, **flatten(OPTIONAL), **options, "objective.name": name}
     for key in flat:
         if key not in known:
             raise UserError(unknown_key(key, known))
@@ -347,6 +346,7 @@ def _check_guidance(objective: ConfigDict) -> None:
 
 
 def _check_metrics(section: ConfigDict, image_shape: tuple[int, int, int]) -> None:
+    metrics.check_protocols(section)
     for name in section.metrics:
         try:
             metrics.check_metric(name, image_shape)

@@ -683,14 +683,13 @@ def test_status_and_output_of_training(run_python, tmp_path, args, fragments):
 EVALUATE = """
 import json, sys
 from absl.testing import flagsaver
-from shortcut_jax import config_flag, eval
+from shortcut_jax import eval
 from shortcut_jax.errors import UserError
 for args in json.loads(sys.argv.pop()):
     sys.argv = ["eval", *args]
     with flagsaver.flagsaver():
         try:
-            config_flag.parse(sys.argv)
-            eval.main()
+            eval.main(eval.parse(sys.argv)[1])
             print("accepted")
         except UserError as error:
             print(error)

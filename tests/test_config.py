@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 import configs
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, metrics, objectives, run, train, validation
+from shortcut_jax import data, objectives, run, train, validation
 from shortcut_jax.data import fashion_mnist
 from shortcut_jax.errors import UserError
+from shortcut_jax.metrics import classifier, fid
+from shortcut_jax.metrics.protocols import PLAIN
 from shortcut_jax.models import dit
 from tests.sentences import assert_sentence
 
@@ -338,11 +340,11 @@ class Recorder(Mapping):
 
 
 class NoExtractor:
-    name, sha256 = "fd", ""
-    resize = "none"
+    name, weights, sha256 = "fd", "", ""
+    protocol = PLAIN
 
-    def features(self, images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(images), -1)[:, :3].astype(np.float64)
+    def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": images.reshape(len(images), -1)[:, :3].astype(np.float64)}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -359,7 +361,7 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
         }
     )  # fmt: skip
     if latents:
-        files = {"inception_weights": "random", "few_samples": True}
+        files = {"inception_weights": "random", "allow_small_n": True}
         config.eval.update(metrics=("fid",), **files)
 
     def toy_images(builder):
@@ -375,7 +377,8 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     monkeypatch.setattr(validation, "validate", lambda config, image_shape: None)
     monkeypatch.setattr(validation, "check_devices", lambda config, n: (n, 1))
     monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
-    monkeypatch.setattr(metrics, "load_extractor", lambda name, **options: NoExtractor())
+    for module in (classifier, fid):
+        monkeypatch.setattr(module, "load_extractor", lambda *_, **options: NoExtractor())
     read: set[str] = set()
     train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import evaluation, metrics, run, sharding, state
+from shortcut_jax import evaluation, evaluation_report, metrics, run, sharding, state
 from shortcut_jax.data.sources import Dataset
+from shortcut_jax.metrics.protocols import PLAIN, quantise
+from tests.kept_samples import by_steps
 
 # ------------------------------------------------------------------ sample i is sample i
 
@@ -71,16 +73,17 @@ def test_exactly_as_many_as_asked_for(sampled, spec):
 class MeanPixels:
     """An extractor of two features whose distance is easily computed; counts what it sees."""
 
-    sha256 = "of no file"
-    resize = "none"
+    name, weights, sha256 = "fd_digits", "", "of no file"
+    protocol = PLAIN
 
     def __init__(self):
         self.seen = []
 
-    def features(self, images):
+    def outputs(self, images):
         self.seen.append(len(images))
-        flat = images.reshape(len(images), -1).astype(np.float32)
-        return np.stack([flat.mean(1), flat[:, 0]], axis=1)
+        levels = quantise("round", images)
+        flat = levels.reshape(len(images), -1).astype(np.float32)
+        return {"features": np.stack([flat.mean(1), flat[:, 0]], axis=1)}
 
 
 @pytest.fixture(scope="module")
@@ -97,31 +100,34 @@ def measured():
     setup = run.prepare(config)
     params = state.init_params(setup.network, setup.image_shape, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "load_extractor", lambda name: extractor)
+        patch.setattr(metrics, "load_extractor", lambda *_: extractor)
         shardings = sharding.shard_tree(params, setup.mesh)
         evaluator = evaluation.Evaluator(setup, dataset, shardings)
-        found = evaluator.run(params, step=7, steps=(1, 2), keep=11)
-    return extractor, images, config, found
+        kept, sink = by_steps()
+        cells = evaluation.cells(setup, evaluation.Grid(steps=(1, 2)))
+        found = evaluator.run(params, 7, cells, sink=sink)
+    return extractor, images, config, found, kept
 
 
 def test_every_sample_and_every_reference_image_counts_once(measured):
-    extractor, _, _, found = measured
-    assert extractor.seen == [4, 4, 3, 1000, 3, 4, 4, 3]  # the reference is measured once
-    assert {steps: len(images) for steps, images in found.samples.items()} == {1: 11, 2: 11}
-    np.testing.assert_array_equal(found.samples[1], found.samples[2])  # a velocity of zero
+    extractor, _, _, _, kept = measured
+    # A last batch of 3 is drawn whole; the reference is measured once.
+    assert extractor.seen == [4, 4, 4, 1000, 3, 4, 4, 4]
+    assert {steps: len(samples.images) for steps, samples in kept.items()} == {1: 11, 2: 11}
+    np.testing.assert_array_equal(kept[1].images, kept[2].images)  # a velocity of zero
 
 
 def test_value_is_the_distance_of_the_saved_samples_to_the_data(measured):
-    extractor, images, _, found = measured
+    extractor, images, _, found, kept = measured
     samples, reference = metrics.Moments(), metrics.Moments()
-    samples.update(extractor.features(found.samples[1]))
-    reference.update(extractor.features(images))
+    samples.update(extractor.outputs(kept[1].images)["features"])
+    reference.update(extractor.outputs(images)["features"])
     expected = metrics.frechet_distance(samples, reference)
     assert found.records[0]["value"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_records_carry_the_protocol(measured):
-    _, _, config, found = measured
+    _, _, config, found, _ = measured
     assert [r["sampling_steps"] for r in found.records] == [1, 2]
     expected = {
         "metric": "fd_digits",
@@ -135,6 +141,7 @@ def test_records_carry_the_protocol(measured):
         "guided": False,
         "labels": "uniform",
         "seed": 0,
+        "protocol": "plain",
         "quantisation": "uint8, (x+1)*127.5 rounded",
         "resize": "none",
         "extractor_sha256": MeanPixels.sha256,
@@ -152,12 +159,11 @@ def test_records_carry_the_protocol(measured):
         assert len(record["reference_sha256"]) == 64 and record["commit"]
 
 
-def test_first_rows_keeps_what_was_measured(measured):
-    found = measured[-1]
-    few = found.first_rows(3)
-    assert few.records == found.records
-    np.testing.assert_array_equal(few.samples[2], found.samples[2][:3])
-    np.testing.assert_array_equal(few.labels, found.labels[:3])
+def test_pictures_are_the_first_samples(measured):
+    *_, found, kept = measured
+    assert [cell.num_steps for cell in found.samples] == [1, 2]
+    for cell, images in found.samples.items():
+        np.testing.assert_array_equal(images, kept[cell.num_steps].images[:3])
 
 
 # ------------------------------------------------------------------ what is written
@@ -169,15 +175,15 @@ def read_results(workdir):
 
 
 def test_a_record_replaces_the_earlier_one_of_its_protocol(measured, tmp_path):
-    found = measured[-1].first_rows(3)
-    evaluation.report(tmp_path, found)
+    found = measured[-2]
+    evaluation_report.report(tmp_path, found)
     better = [{**record, "value": 0.5} for record in found.records]
-    evaluation.report(tmp_path, dataclasses.replace(found, records=better[:1]))
+    evaluation_report.report(tmp_path, dataclasses.replace(found, records=better[:1]))
     assert sorted(r["value"] for r in read_results(tmp_path)) == sorted(
         [0.5, found.records[1]["value"]]
     )
     other = [{**record, "params": "online"} for record in found.records]
-    folder = evaluation.report(tmp_path, dataclasses.replace(found, records=other))
+    folder = evaluation_report.report(tmp_path, dataclasses.replace(found, records=other))
     assert len(read_results(tmp_path)) == 4
     assert folder == tmp_path / "eval" / "7"
     assert {path.name for path in folder.iterdir()} == {"samples.png", "curve.png"}
@@ -189,7 +195,9 @@ def test_table_has_a_row_per_metric_and_a_column_per_number_of_steps():
         {"metric": "a", "sampling_steps": 1, "value": 1.0},
         {"metric": "longer", "sampling_steps": 4, "value": 3.5},
     ]
-    header, a, longer = evaluation.table(records).splitlines()
+    same = {"protocol": "plain", "params": "ema", "cfg_scale": 1.0}
+    records = [{**record, **same} for record in records]
+    header, a, longer = evaluation_report.table(records).splitlines()
     assert header.split() == ["1", "4", "sampling", "steps"]
     assert a.split() == ["a", "1.000", "2.000"]
     assert longer.split() == ["longer", "3.500"]

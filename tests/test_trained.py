@@ -12,6 +12,7 @@ import pytest
 from shortcut_jax import evaluation, run, sampling, state, trained
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
+from tests.kept_samples import by_steps
 from tests.sentences import assert_sentence
 from tests.untrained_runs import random_params, save_run, small
 
@@ -45,16 +46,17 @@ def shortcut(load, cfg_scale=1.5):
 def test_samples_are_those_of_an_evaluation(name, tmp_path):
     config = small(name, **{"eval.seed": 7, "eval.metrics": ("fd_digits_mlp64",)})
     save_run(tmp_path, config)
-    found = evaluation.evaluate_checkpoint(run.prepare(config), tmp_path, 4, keep=50)
+    found, sink = by_steps()
+    evaluation.evaluate_checkpoint(run.prepare(config), tmp_path, 4, sink=sink)
     model = sampling.load(tmp_path)
-    for num_steps, images in found.samples.items():
+    for num_steps, kept in found.items():
         drawn = model.sample(num_steps=num_steps, num=50, seed=7)
         assert drawn.dtype == np.uint8 and drawn.shape == (50, *SHAPE)
-        np.testing.assert_array_equal(drawn, images)
+        np.testing.assert_array_equal(drawn, kept.images)
         np.testing.assert_array_equal(drawn, model.sample(num_steps=num_steps, num=50, seed=7))
-    np.testing.assert_array_equal(model.labels(50, 7), found.labels)
-    assert np.any(found.samples[1] != found.samples[4])
-    assert np.any(model.sample(num_steps=4, num=50, seed=6) != found.samples[4])
+    np.testing.assert_array_equal(model.labels(50, 7), found[1].labels)
+    assert np.any(found[1].images != found[4].images)
+    assert np.any(model.sample(num_steps=4, num=50, seed=6) != found[4].images)
 
 
 def test_sample_i_does_not_depend_on_how_many_there_are(load):

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from shortcut_jax.errors import UserError
 from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.metrics.protocols import PLAIN, Protocol
 
 FEATURE_DIM = 64
 # Images per call of the compiled network. Fixed, so that the same program computes every image.
@@ -64,10 +65,12 @@ class MLP(nn.Module):
 
 def scale_pixels(images: ArrayLike) -> jax.Array:
     """uint8 in [0, 255] -> float32 in [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1
+    return PLAIN.scale(jnp.asarray(images, jnp.float32))
 
 
-def load_extractor(name: str, directory: Traversable | None = None) -> Extractor:
+def load_extractor(
+    name: str, protocol: Protocol = PLAIN, directory: Traversable | None = None
+) -> Extractor:
     """Reads `<name>.json` and `<name>.npz` of `directory` (default: shipped with the package).
 
     Raises:
@@ -90,10 +93,12 @@ def load_extractor(name: str, directory: Traversable | None = None) -> Extractor
             f"{weights} has sha256 {sha256}, expected {info['sha256']} as {record.name} records: "
             "the file is damaged or was replaced; install the package again or train it again."
         )
-    return build_extractor(info, data)
+    return build_extractor(info, data, protocol)
 
 
-def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
+def build_extractor(
+    info: Mapping[str, Any], weights: bytes, protocol: Protocol = PLAIN
+) -> Extractor:
     """Extractor from the record and the contents of the npz file."""
     with np.load(io.BytesIO(weights)) as arrays:
         params = unflatten_dict({key: jnp.asarray(arrays[key]) for key in arrays.files}, sep="/")
@@ -101,11 +106,15 @@ def build_extractor(info: Mapping[str, Any], weights: bytes) -> Extractor:
 
     @jax.jit
     def forward(params, images):
-        features, logits = network.apply({"params": params}, scale_pixels(images))
+        features, logits = network.apply(
+            {"params": params}, protocol.scale(images.astype(jnp.float32))
+        )
         return {"features": features, "logits": logits}
 
     return Extractor(
         name=info["name"],
+        weights="",
+        protocol=protocol,
         image_shape=tuple(info["image_shape"]),
         feature_dim=FEATURE_DIM,
         sha256=hashlib.sha256(weights).hexdigest(),

@@ -1,4 +1,4 @@
-"""What every feature extractor is: uint8 images in, float32 features out, whatever the batch."""
+"""What every feature extractor is: images in, float32 features out, whatever the batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.metrics.protocols import Protocol, quantise
 
 if TYPE_CHECKING:  # only extractors that are loaded need jax.
     import jax
@@ -23,50 +24,53 @@ class Extractor:
     """A trained network whose activations are the features.
 
     Attributes:
-        name: of its Fréchet distance, for example "fd_digits"; "fid" for one network only.
+        name: of the network, a key of `metrics.EXTRACTORS`.
+        weights: "" for the published ones, which alone give their names to numbers; else what to
+            call them.
+        protocol: what happens to images before the network.
         image_shape: (H, W, C) of the images it takes, None for any.
         feature_dim: number of features per image.
         sha256: hash of the weight file; belongs to every number made with these features.
         info: the record beside the weights: where they come from and how good they are.
         batch: images per call of `forward`. Fixed, so that the same program computes every image.
-        forward: compiled uint8 [batch, H, W, C] -> {"features": [batch, feature_dim],
-            "logits": [batch, num_classes], ...}.
-        resize: what happens to an image before the network, for the record of a number.
+        forward: compiled grey levels [batch, H, W, C], uint8 or float32 as the protocol quantises
+            -> {"features": [batch, feature_dim], "logits": [batch, num_classes], ...}.
     """
 
     name: str
+    weights: str
+    protocol: Protocol
     image_shape: ImageShape
     feature_dim: int
     sha256: str
     info: Mapping[str, Any]
     batch: int
-    forward: Callable[[NDArray[np.uint8]], Mapping[str, jax.Array]] = dataclasses.field(repr=False)
-    resize: str = "none"
+    forward: Callable[[NDArray[Any]], Mapping[str, jax.Array]] = dataclasses.field(repr=False)
 
-    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 images [n, H, W, C] -> float32 features [n, d].
+    def outputs(self, images: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+        """All that `forward` gives, for any number of images.
 
-        Row i depends on image i alone. Raises UserError for another dtype or shape.
+        Args:
+            images: [n, H, W, C], uint8 grey levels, or float32 samples about in [-1, 1], which the
+                protocol quantises.
+
+        Returns:
+            Name -> float32 [n, ...]. Row i depends on image i alone.
+
+        Raises:
+            UserError: another dtype or shape, or a sample is not finite.
         """
-        return self.outputs(images)["features"]
-
-    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 images [n, H, W, C] -> float32 class logits [n, num_classes]; as `features`."""
-        return self.outputs(images)["logits"]
-
-    def outputs(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """All that `forward` gives, for any number of images; as `features`."""
-        if images.dtype != np.uint8 or not fits(images.shape[1:], self.image_shape):
+        if not fits(images.shape[1:], self.image_shape):
             raise UserError(
-                f"metric={self.name!r} takes uint8 images of shape (n, "
-                f"{shape_text(self.image_shape)[1:]}, got {images.dtype} {images.shape}: "
-                "choose the metric of this data set, or quantise the images to uint8."
+                f"{self.name} takes images of shape (n, {shape_text(self.image_shape)[1:]}, got "
+                f"{images.shape}: choose a metric for such images."
             )
+        levels = quantise(self.protocol.quantise, images)
         parts = []
         # At least one batch, so that no images give arrays of shape (0, d).
-        for start in range(0, max(len(images), 1), self.batch):
-            some = images[start : start + self.batch]
-            padded = np.zeros((self.batch, *images.shape[1:]), np.uint8)
+        for start in range(0, max(len(levels), 1), self.batch):
+            some = levels[start : start + self.batch]
+            padded = np.zeros((self.batch, *levels.shape[1:]), levels.dtype)
             padded[: len(some)] = some
             parts.append({k: np.asarray(v)[: len(some)] for k, v in self.forward(padded).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,8 +1,7 @@
 """The features of the FID: images of any size to what Inception-v3 sees, and its extractor."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shortcut_jax.metrics import inception
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.metrics.protocols import INCEPTION, Protocol
 
 SIZE = inception.SIZE
 # Images per call of the compiled network, on each device.
@@ -48,57 +48,37 @@ def interpolation_matrix(size: int, rule: str) -> np.ndarray:
     return matrix
 
 
-class Protocol(NamedTuple):
-    """How an image becomes what the network sees."""
-
-    rule: str  # of `interpolation_matrix`
-    scale: Callable[[jax.Array], jax.Array]
-    text: str
-
-
-PROTOCOLS = {
-    # TensorFlow's graph, hence the original FID, ADM's evaluator and torch-fidelity.
-    "tensorflow": Protocol(
-        "corner", lambda v: (v - 128) / 128, "299x299, bilinear TF1 (corner); (v-128)/128"
-    ),
-    "pytorch_fid": Protocol(
-        "half_pixel", lambda v: v / 127.5 - 1, "299x299, bilinear half-pixel; v/127.5-1"
-    ),
-}
-
-
-def preprocess(images: jax.Array, protocol: str) -> jax.Array:
-    """uint8 [n, H, W, 3] -> float32 [n, 299, 299, 3], resized and scaled as `PROTOCOLS` say."""
-    rule, scale, _ = PROTOCOLS[protocol]
-    rows, columns = (interpolation_matrix(size, rule) for size in images.shape[1:3])
+def preprocess(images: jax.Array, protocol: Protocol) -> jax.Array:
+    """Grey levels [n, H, W, 3] -> float32 [n, 299, 299, 3], resized and scaled."""
+    rows, columns = (interpolation_matrix(size, protocol.rule) for size in images.shape[1:3])
     x = images.astype(jnp.float32)
     x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=inception.PRECISION)
     x = jnp.einsum("qw,npwc->npqc", columns, x, precision=inception.PRECISION)
-    return scale(x)
+    return protocol.scale(x)
 
 
 # ---------------------------------------------------------------------- the extractor
 
 
 def load_extractor(
-    name: str, inception_protocol: str = "tensorflow", **inception_weights: str
+    name: str, protocol: Protocol = INCEPTION["adm"], **inception_weights: str
 ) -> Extractor:
     """The extractor of the FID, on all devices of this process.
 
     Args:
-        name: "fid".
-        inception_protocol: key of `PROTOCOLS`.
+        name: "inception".
+        protocol: of `protocols.INCEPTION`.
         **inception_weights: see `inception_weights.load`.
 
     Raises:
         UserError: the weights are missing or not those asked for.
     """
     weights = weights_lib.load(inception.weight_shapes(), **inception_weights)
-    return build_extractor(weights, inception_protocol, BATCH, jax.local_devices())
+    return build_extractor(weights, protocol, BATCH, jax.local_devices())
 
 
 def build_extractor(
-    weights: weights_lib.Weights, protocol: str, batch: int, devices: Sequence[jax.Device]
+    weights: weights_lib.Weights, protocol: Protocol, batch: int, devices: Sequence[jax.Device]
 ) -> Extractor:
     """Extractor that gives each of the devices `batch` images at a time."""
     mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
@@ -111,12 +91,13 @@ def build_extractor(
     )
     network = jax.jit(inception.InceptionV3().apply, in_shardings=(whole, rows), out_shardings=rows)
     return Extractor(
-        name=weights.name,
+        name="inception",
+        weights=weights.name,
+        protocol=protocol,
         image_shape=(None, None, 3),
         feature_dim=inception.FEATURE_DIM,
         sha256=weights.sha256,
-        info={"protocol": protocol},
+        info={},
         batch=batch * len(devices),
         forward=lambda images: network(variables, resize(images)),
-        resize=PROTOCOLS[protocol].text,
     )

@@ -21,11 +21,16 @@ class Stats:
     cov: NDArray[np.float64]
 
 
-def frechet_distance(a: Moments | Stats, b: Moments | Stats) -> float:
+def frechet_distance(a: Moments | Stats, b: Moments | Stats, offset: float = 0.0) -> float:
     """|mu_a - mu_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^(1/2) C_b C_a^(1/2))^(1/2)), in float64.
 
-    Singular covariances (fewer samples than features) are fine. Nothing is added to a diagonal; the
-    result is exact up to rounding, which may leave equal sets a hair below zero.
+    Singular covariances (fewer samples than features) are fine; the result is exact up to rounding,
+    which may leave equal sets a hair below zero.
+
+    Args:
+        a, b: of the two sets.
+        offset: added to the diagonals of both covariances in the third trace alone: a bias, for
+            protocols that have it.
 
     Raises:
         UserError: a set has fewer than two samples, the feature dimensions differ, or a stored
@@ -37,13 +42,14 @@ def frechet_distance(a: Moments | Stats, b: Moments | Stats) -> float:
     # C_a = F F^T. The eigenvalues of F^T C_b F are those of C_a^(1/2) C_b C_a^(1/2). Eigenvalues of
     # C_a at rounding level are left out of F: their square roots, and those of the rounding errors
     # they leave in the product, would be 1e-8 instead of 1e-16, once for every missing dimension.
-    values, vectors = np.linalg.eigh(cov_a)
-    kept = values > values.max() * values.size * np.finfo(np.float64).eps
-    factor = vectors[:, kept] * np.sqrt(values[kept])
-    product = factor.T @ cov_b @ factor
-    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)
     difference = mean_a - mean_b
     distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b)
+    shift = offset * np.eye(mean_a.size)
+    values, vectors = np.linalg.eigh(cov_a + shift)
+    kept = values > values.max() * values.size * np.finfo(np.float64).eps
+    factor = vectors[:, kept] * np.sqrt(values[kept])
+    product = factor.T @ (cov_b + shift) @ factor
+    eigenvalues = np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)
     return float(distance - 2 * np.sqrt(eigenvalues).sum())
 
 

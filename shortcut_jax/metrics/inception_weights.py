@@ -29,7 +29,7 @@ class Weights:
     """Arrays of the network by their PyTorch names, and what they are.
 
     Attributes:
-        name: "fid" for the published weights alone; of other ones, "fd_inception_...".
+        name: "" for the published weights alone; what to call others.
         sha256: of the file, or of the numbers themselves if there is none.
         arrays: name -> float32 array, convolutions as [out, in, rows, columns].
     """
@@ -85,7 +85,7 @@ def load(
         digest = hashlib.sha256()
         for name in sorted(arrays):
             digest.update(name.encode() + arrays[name].tobytes())
-        return Weights("fd_inception_random", digest.hexdigest(), arrays)
+        return Weights(RANDOM, digest.hexdigest(), arrays)
     arrays = torch_file.read(inception_weights)
     for name, shape in shapes.items():
         there = arrays[name].shape if name in arrays else None
@@ -95,7 +95,7 @@ def load(
                 f"expected {shape}: use weights of the FID's network, pt_inception-2015-12-05."
             )
     sha256 = sha256_of(Path(inception_weights))
-    label = "fid" if sha256 == SHA256 else f"fd_inception_{sha256[:8]}"
+    label = "" if sha256 == SHA256 else sha256[:8]
     return Weights(label, sha256, {name: arrays[name].astype(np.float32) for name in shapes})
 
 

@@ -219,7 +219,9 @@ def train(name: str, output: Path, data_dir: str = "", seed: int = 0) -> dict[st
 def measure_accuracy(extractor: Extractor, dataset: Dataset) -> float:
     """Fraction of the rows of a data set that the classifier labels correctly."""
     rows = dataset.rows(np.arange(dataset.size))
-    return float(np.mean(extractor.logits(rows["image"]).argmax(axis=-1) == rows["label"]))
+    return float(
+        np.mean(extractor.outputs(rows["image"])["logits"].argmax(axis=-1) == rows["label"])
+    )
 
 
 def all_shifts(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

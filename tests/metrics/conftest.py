@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax.data import open_dataset
-from shortcut_jax.metrics import load_extractor
+from shortcut_jax.metrics.classifier import load_extractor
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -12,23 +13,23 @@ import pytest
 from shortcut_jax.data import open_dataset
 from shortcut_jax.data.fashion_mnist import IDX_DIR
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics import METRICS, Moments, frechet_distance, load_extractor
+from shortcut_jax.metrics import EXTRACTORS, Moments, frechet_distance
 from shortcut_jax.metrics import classifier as lib
 
-CLASSIFIERS = [name for name, spec in METRICS.items() if spec.module == lib.__name__]
+CLASSIFIERS = [name for name, spec in EXTRACTORS.items() if spec.module == lib.__name__]
 WEIGHTS = Path(str(importlib.resources.files("shortcut_jax.metrics"))) / "weights"
 INSTALL = "apt-get update && apt-get install -y dataset-fashion-mnist"
 
 
 def stats(extractor, images):
     moments = Moments()
-    moments.update(extractor.features(images))
+    moments.update(extractor.outputs(images)["features"])
     return moments
 
 
 def accuracy(extractor, dataset):
     rows = dataset.rows(np.arange(dataset.size))
-    return np.mean(np.argmax(extractor.logits(rows["image"]), axis=1) == rows["label"])
+    return np.mean(np.argmax(extractor.outputs(rows["image"])["logits"], axis=1) == rows["label"])
 
 
 def copy_weights(name, folder):
@@ -44,7 +45,7 @@ def copy_weights(name, folder):
 def test_shipped_weights_are_small_and_are_those_of_the_record(name):
     data = (WEIGHTS / f"{name}.npz").read_bytes()
     record = json.loads((WEIGHTS / f"{name}.json").read_text())
-    extractor = load_extractor(name)
+    extractor = lib.load_extractor(name)
     assert hashlib.sha256(data).hexdigest() == record["sha256"] == extractor.sha256
     assert extractor.info == record
     assert len(data) < 300_000
@@ -54,7 +55,7 @@ def test_shipped_weights_are_small_and_are_those_of_the_record(name):
     ("name", "at_least", "held_out"), [("fd_digits", 0.98, True), ("fd_digits_mlp64", 0.99, False)]
 )
 def test_recorded_accuracy_on_digits_is_reproduced(name, at_least, held_out, digits):
-    extractor = load_extractor(name)
+    extractor = lib.load_extractor(name)
     test, training = extractor.info["test"], extractor.info["training"]
     assert test["fingerprint"] == digits[test["split"]].fingerprint
     assert training["fingerprint"] == digits[training["split"]].fingerprint
@@ -67,7 +68,7 @@ def test_recorded_accuracy_on_digits_is_reproduced(name, at_least, held_out, dig
 
 @pytest.mark.skipif(not Path(IDX_DIR).is_dir(), reason=f"needs Fashion-MNIST: {INSTALL}")
 def test_recorded_accuracy_on_fashion_mnist_is_reproduced(tmp_path):
-    extractor = load_extractor("fd_fashion_mnist")
+    extractor = lib.load_extractor("fd_fashion_mnist")
     recorded = extractor.info["test"]
     dataset = open_dataset(dict(name="fashion_mnist", split="test", data_dir=str(tmp_path)))
     assert recorded["split"] == "test"
@@ -82,7 +83,7 @@ def test_recorded_accuracy_on_fashion_mnist_is_reproduced(tmp_path):
 
 @pytest.mark.parametrize("n", [0, 1, lib.BATCH, lib.BATCH + 1])
 def test_features_have_one_row_per_image(n, fd_digits, digit_images):
-    features = fd_digits.features(digit_images[:n])
+    features = fd_digits.outputs(digit_images[:n])["features"]
     assert features.shape == (n, fd_digits.feature_dim) == (n, 64)
     assert features.dtype == np.float32
     assert (features >= 0).all()
@@ -90,12 +91,14 @@ def test_features_have_one_row_per_image(n, fd_digits, digit_images):
 
 @pytest.mark.parametrize("name", ["fd_digits", "fd_digits_mlp64"])
 def test_features_do_not_depend_on_the_batch(name, digit_images):
-    extractor = load_extractor(name)
+    extractor = lib.load_extractor(name)
     images = digit_images[: 2 * lib.BATCH + 50]
-    whole = extractor.features(images)
-    parts = [extractor.features(images[i : i + 37]) for i in range(0, len(images), 37)]
+    whole = extractor.outputs(images)["features"]
+    parts = [extractor.outputs(images[i : i + 37])["features"] for i in range(0, len(images), 37)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_allclose(extractor.features(images[::-1])[::-1], whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        extractor.outputs(images[::-1])["features"][::-1], whole, rtol=0, atol=1e-5
+    )
 
 
 def test_mlp64_features_are_the_hidden_layer(fd_digits_mlp64, digit_images):
@@ -104,8 +107,8 @@ def test_mlp64_features_are_the_hidden_layer(fd_digits_mlp64, digit_images):
     x = digit_images.reshape(-1, 64) / 127.5 - 1
     hidden = np.maximum(x @ weights["hidden/kernel"] + weights["hidden/bias"], 0)
     logits = hidden @ weights["output/kernel"] + weights["output/bias"]
-    np.testing.assert_allclose(fd_digits_mlp64.features(digit_images), hidden, atol=1e-5)
-    np.testing.assert_allclose(fd_digits_mlp64.logits(digit_images), logits, atol=1e-4)
+    np.testing.assert_allclose(fd_digits_mlp64.outputs(digit_images)["features"], hidden, atol=1e-5)
+    np.testing.assert_allclose(fd_digits_mlp64.outputs(digit_images)["logits"], logits, atol=1e-4)
 
 
 def test_mlp64_is_scikit_learn_s_classifier(fd_digits_mlp64):
@@ -114,7 +117,7 @@ def test_mlp64_is_scikit_learn_s_classifier(fd_digits_mlp64):
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)
-    np.testing.assert_array_equal(fd_digits_mlp64.logits(images).argmax(axis=1), labels)
+    np.testing.assert_array_equal(fd_digits_mlp64.outputs(images)["logits"].argmax(axis=1), labels)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_every_product_has_the_highest_precision(architecture):
 
 @pytest.mark.parametrize("name", ["fd_digits", "fd_digits_mlp64"])
 def test_distances_are_zero_small_and_large_where_they_should_be(name, digit_images):
-    extractor = load_extractor(name)
+    extractor = lib.load_extractor(name)
     rng = np.random.default_rng(0)
     images = digit_images[rng.permutation(len(digit_images))]
     noise = rng.integers(0, 256, images.shape).astype(np.uint8)
@@ -169,25 +172,42 @@ def test_blur_is_a_distance_that_grows(fd_digits, digit_images):
 @pytest.mark.parametrize(
     "images",
     [
-        np.zeros((2, 8, 8, 1), np.float32),
         np.zeros((2, 8, 8, 3), np.uint8),
         np.zeros((2, 32, 32, 1), np.uint8),
         np.zeros((8, 8, 1), np.uint8),
     ],
 )
 def test_other_images_are_refused(images, fd_digits):
-    with pytest.raises(UserError, match=r"fd_digits.*\(n, 8, 8, 1\).*" + str(images.dtype)):
-        fd_digits.features(images)
+    with pytest.raises(
+        UserError, match=r"fd_digits.*\(n, 8, 8, 1\).*" + re.escape(str(images.shape))
+    ):
+        fd_digits.outputs(images)
+
+
+def test_whole_numbers_that_are_no_grey_levels_are_refused(fd_digits):
+    with pytest.raises(UserError, match="dtype int32"):
+        fd_digits.outputs(np.zeros((2, 8, 8, 1), np.int32))
+
+
+def test_samples_are_rounded_to_grey_levels(fd_digits):
+    levels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    samples = levels / 127.5 - 1 + np.random.default_rng(0).uniform(-0.003, 0.003, levels.shape)
+    samples = samples.astype(np.float32)
+    expected = fd_digits.outputs(levels)["features"]
+    np.testing.assert_array_equal(fd_digits.outputs(samples)["features"], expected)
+    samples[2, 0, 0] = np.nan
+    with pytest.raises(UserError, match="1 of 4 images .* NaN"):
+        fd_digits.outputs(samples)
 
 
 def test_corrupted_weights_are_refused(tmp_path):
     folder = copy_weights("fd_digits", tmp_path)
-    lib.load_extractor("fd_digits", folder)
+    lib.load_extractor("fd_digits", directory=folder)
     data = bytearray((folder / "fd_digits.npz").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "fd_digits.npz").write_bytes(data)
     with pytest.raises(UserError, match=r"fd_digits\.npz has sha256 [0-9a-f]{64}, expected"):
-        lib.load_extractor("fd_digits", folder)
+        lib.load_extractor("fd_digits", directory=folder)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
@@ -195,4 +215,4 @@ def test_a_missing_file_is_named(suffix, tmp_path):
     folder = copy_weights("fd_digits", tmp_path)
     (folder / f"fd_digits{suffix}").unlink()
     with pytest.raises(UserError, match=rf"fd_digits\{suffix} does not exist.*--name=fd_digits"):
-        lib.load_extractor("fd_digits", folder)
+        lib.load_extractor("fd_digits", directory=folder)

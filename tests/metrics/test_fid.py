@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import data, evaluation, metrics, run, sharding, state, validation
+from shortcut_jax import data, evaluation, metrics, run, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation_report import metric_name
 from shortcut_jax.metrics import fid
 from shortcut_jax.metrics import inception_weights as lib
 from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.metrics.protocols import INCEPTION
 from shortcut_jax.published import PUBLISHED
 from tests.sentences import assert_sentence
 
@@ -34,10 +36,10 @@ def refusal(function, *args, **kwargs):
 
 def test_only_the_published_file_makes_a_fid(monkeypatch):
     other = lib.load(SHAPES, PTH, PTH_SHA256)
-    assert (other.name, other.sha256) == (f"fd_inception_{PTH_SHA256[:8]}", PTH_SHA256)
+    assert (other.name, other.sha256) == (PTH_SHA256[:8], PTH_SHA256)
     monkeypatch.setattr(lib, "SHA256", PTH_SHA256)
     published = lib.load(SHAPES, PTH)
-    assert (published.name, published.sha256) == ("fid", PTH_SHA256)
+    assert (published.name, published.sha256) == ("", PTH_SHA256)
     assert {k: v.shape for k, v in published.arrays.items()} == SHAPES
     with np.load(GOLDEN / "torch_files.npz") as expected:
         np.testing.assert_array_equal(published.arrays["0.weight"], expected["0.weight"])
@@ -76,7 +78,7 @@ def test_weights_of_another_network_are_refused(shapes, found):
 
 def test_random_weights_are_never_called_fid():
     a, b = lib.load(SHAPES, lib.RANDOM), lib.load({"1.running_var": (3,)}, lib.RANDOM)
-    assert a.name == b.name == "fd_inception_random" and a.sha256 != b.sha256
+    assert a.name == b.name == "random" and a.sha256 != b.sha256
     np.testing.assert_array_equal(a.arrays["1.running_var"], b.arrays["1.running_var"])
     assert (a.arrays["1.running_var"] >= 0.5).all()
 
@@ -108,13 +110,18 @@ def test_grey_images_are_refused():
 
 
 def test_the_number_of_samples_is_in_the_name():
-    def called(name):
-        return Extractor(name, (None, None, 3), 1, "", {}, 1, lambda images: {})
+    def called(name, weights):
+        protocol = INCEPTION["adm"]
+        return Extractor(name, weights, protocol, (None, None, 3), 1, "", {}, 1, lambda images: {})
 
-    assert metrics.label("fid", called("fid"), 50_000) == "fid"
-    assert metrics.label("fid", called("fid"), 5_000) == "fid_5000"
-    assert metrics.label("fid", called("fd_inception_random"), 50_000) == "fd_inception_random"
-    assert metrics.label("fd_digits", called("fd_digits"), 50) == "fd_digits"
+    published, other = called("inception", ""), called("inception", "random")
+    assert metrics.label("fid", published, 50_000) == "fid"
+    assert metrics.label("fid", published, 5_000) == "fid_5000"
+    assert metrics.label("kid", published, 5_000) == "kid_5000"
+    assert metrics.label("fid", other, 50_000) == "fd_inception_random"
+    assert metrics.label("sfid", other, 60) == "sfd_inception_random_60"
+    assert metrics.label("recall", other, 50_000) == "recall_inception_random"
+    assert metrics.label("fd_digits", called("fd_digits", ""), 50) == "fd_digits"
 
 
 @pytest.fixture
@@ -125,20 +132,32 @@ def config(monkeypatch):
     config = digits.get_config("small").unlock()
     config.data.update(name="colours", split="train")
     config.eval.update(
-        metrics=("fid",), num_samples=11, batch_size=4, few_samples=True,
-        inception_weights="random", inception_protocol="pytorch_fid",
+        metrics=("fid",), num_samples=11, batch_size=4, allow_small_n=True,
+        inception_weights="random", protocols=("pytorch_fid", "authors"),
     )  # fmt: skip
     return config.lock()
 
 
-def test_protocols_of_the_config_are_those_of_the_metric():
-    assert validation._CHOICES["eval.inception_protocol"] == tuple(fid.PROTOCOLS)
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [({"protocols": ("tensorflow",)}, "'tensorflow'"), ({"metrics": ("fd",)}, "'fd'")],
+)
+def test_names_of_protocols_and_metrics_are_checked(config, wrong, found):
+    config.eval.update(wrong)
+    assert_sentence(refusal(run.prepare, config), (found, "expected"))
+
+
+def test_a_network_with_several_protocols_needs_one_named(config):
+    del config.unlock().eval.protocols
+    assert_sentence(
+        refusal(run.prepare, config), ("eval.protocols=()", "inception", "adm, pytorch_fid")
+    )
 
 
 def test_few_samples_are_refused_unless_asked_for(config):
-    config.eval.few_samples = False
+    config.eval.allow_small_n = False
     text = refusal(run.prepare, config)
-    assert_sentence(text, ("eval.num_samples=11", "fid", "2,048", "eval.few_samples=True"))
+    assert_sentence(text, ("eval.num_samples=11", "fid", "2,048", "allow_small_n=True"))
     config.eval.num_samples = 2048
     assert run.prepare(config).image_shape == (16, 16, 3)
 
@@ -165,9 +184,9 @@ def evaluator(config, dataset):
 
 
 def test_a_small_reference_is_refused_unless_asked_for(config, colours):
-    config.eval.update(num_samples=2048, few_samples=False)
+    config.eval.update(num_samples=2048, allow_small_n=False)
     text = refusal(evaluator, config, colours)
-    assert_sentence(text, ("colours/train of 23 images", "2,048", "eval.few_samples=True"))
+    assert_sentence(text, ("colours/train of 23 images", "2,048", "allow_small_n=True"))
 
 
 def test_a_config_that_says_fid_is_measured_and_named(config, colours, monkeypatch):
@@ -175,16 +194,24 @@ def test_a_config_that_says_fid_is_measured_and_named(config, colours, monkeypat
 
     def two_features(weights, protocol, batch, devices):
         return Extractor(
-            name=weights.name, image_shape=(None, None, 3), feature_dim=2, sha256=weights.sha256,
-            info={}, batch=4, resize=fid.PROTOCOLS[protocol].text,
+            name="inception", weights=weights.name, protocol=protocol, image_shape=(None, None, 3),
+            feature_dim=2, sha256=weights.sha256, info={}, batch=4,
             forward=lambda x: {"features": x.reshape(len(x), -1)[:, :2].astype(np.float32)},
         )  # fmt: skip
 
     monkeypatch.setattr(fid, "build_extractor", two_features)
     monkeypatch.setattr(fid.inception, "weight_shapes", lambda: {"fc.bias": (3,)})
     measuring, params = evaluator(config, colours)
-    (record,) = measuring.run(params, step=0, steps=(1,)).records
+    cells = evaluation.cells(run.prepare(config), evaluation.Grid(steps=(1,)))
+    record, of_authors = measuring.run(params, 0, cells).records
     assert record["metric"] == "fd_inception_random_11" and np.isfinite(record["value"])
+    assert record["protocol"] == "pytorch_fid"
+    assert record["quantisation"] == "uint8, (x+1)*127.5 rounded"
     assert record["resize"] == "299x299, bilinear half-pixel; v/127.5-1"
     assert record["extractor_sha256"] == lib.load({"fc.bias": (3,)}, "random").sha256
     assert record["num_samples"] == 11
+    assert (of_authors["protocol"], of_authors["quantisation"]) == ("authors", "none")
+    assert of_authors["value"] != record["value"]  # not rounded
+    assert [metric_name(r) for r in (record, of_authors)] == [
+        "fd_inception_random_11 (pytorch_fid)", "fd_inception_random_11 (authors)",
+    ]  # fmt: skip

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from shortcut_jax.data.sources import Dataset
-from shortcut_jax.metrics import METRICS, classifier
+from shortcut_jax.metrics import EXTRACTORS, classifier
 from shortcut_jax.metrics import train_classifier as lib
 
-CLASSIFIERS = [name for name, spec in METRICS.items() if spec.module == classifier.__name__]
+CLASSIFIERS = [name for name, spec in EXTRACTORS.items() if spec.module == classifier.__name__]
 
 
 def make_stripes(split: str) -> Dataset:
@@ -69,7 +69,7 @@ def test_shipped_records_are_those_of_the_recipes(name):
 def test_training_learns_and_writes_a_loadable_extractor(stripes, tmp_path):
     record = lib.train("stripes", tmp_path / "new", seed=3)
     assert record == json.loads((tmp_path / "new" / "stripes.json").read_text())
-    extractor = classifier.load_extractor("stripes", tmp_path / "new")
+    extractor = classifier.load_extractor("stripes", directory=tmp_path / "new")
     assert extractor.info == record
     assert record["training"]["fingerprint"] == "print-train"
     assert record["test"]["fingerprint"] == "print-test"
@@ -91,8 +91,8 @@ def test_accuracy_counts_right_answers():
     dataset = make_stripes("test")
 
     class Constant:
-        def logits(self, images):
-            return np.tile([1.0, 0.0], (len(images), 1))
+        def outputs(self, images):
+            return {"logits": np.tile([1.0, 0.0], (len(images), 1))}
 
     assert lib.measure_accuracy(Constant(), dataset) == 0.5
 
@@ -111,7 +111,7 @@ def test_the_command_writes_mlp64_of_scikit_learn(run_python, tmp_path):
     flags = ["--name=fd_digits_mlp64", f"--data_dir={tmp_path}", f"--output={tmp_path / 'out'}"]
     done = run_python(["-m", "shortcut_jax.metrics.train_classifier", *flags])
     assert done.returncode == 0
-    made = classifier.load_extractor("fd_digits_mlp64", tmp_path / "out")
+    made = classifier.load_extractor("fd_digits_mlp64", directory=tmp_path / "out")
     shipped = classifier.load_extractor("fd_digits_mlp64")
     assert made.info["test"] == shipped.info["test"]
     assert made.info["training"]["split"] == "train+test"

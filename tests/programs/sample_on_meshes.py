@@ -18,6 +18,7 @@ import numpy as np
 
 from configs import digits
 from shortcut_jax import data, evaluation, run, sampling, sharding, state
+from tests.kept_samples import by_steps
 
 NUM_SAMPLES = 50  # a multiple of no batch size
 NUM_STEPS = 4
@@ -57,10 +58,13 @@ def main(out: Path, specs: list[str]) -> None:
         shardings = sharding.shard_tree(params, mesh)
         evaluator = evaluation.Evaluator(setup, dataset, shardings)
         placed = jax.device_put(params, shardings)
-        found = evaluator.run(placed, step=0, steps=(NUM_STEPS,), keep=NUM_SAMPLES)
+        kept, sink = by_steps()
+        cells = evaluation.cells(setup, evaluation.Grid(steps=(NUM_STEPS,)))
+        found = evaluator.run(placed, 0, cells, sink=sink)
         noise = initial_noise(setup, shardings, config.eval.batch_size)
-        images = found.samples[NUM_STEPS]
-        np.savez(out / f"{spec}.npz", noise=noise, labels=found.labels, images=images)
+        samples = kept[NUM_STEPS]
+        arrays = {"noise": noise, "labels": samples.labels, "images": samples.images}
+        np.savez(out / f"{spec}.npz", **arrays)
         (out / f"{spec}.json").write_text(json.dumps(found.records))
 
 

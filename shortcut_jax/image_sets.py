@@ -1,0 +1,138 @@
+"""Images to measure that no model here has made and no config names: a folder, a zip, an .npz."""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortcut_jax.data.image_files import Entry, Source
+from shortcut_jax.data.sources import Dataset, Rows
+from shortcut_jax.errors import UserError
+from shortcut_jax.metrics import references
+
+ARRAY = "arr_0"  # what numpy calls an array without a name, and ADM's samples are
+
+
+def open_images(path: Path) -> Dataset:
+    """Opens images of one size.
+
+    Args:
+      path: a folder or zip of image files, in which those of folders are found too; or an .npz with
+        `arr_0`, uint8 [n, H, W, 3] in 0..255 or float32 [n, H, W, 3] in [-1, 1].
+
+    Returns:
+      The images, sorted by path or in the order of the array; their labels are 0.
+
+    Raises:
+      UserError: they cannot be read, or are not such images. Files of a folder are looked at when
+        they are read, so that `rows` may raise it, too.
+    """
+    return _from_npz(path) if path.suffix == ".npz" else _from_files(path)
+
+
+def _from_npz(path: Path) -> Dataset:
+    found = references.read_npz(path)
+    if ARRAY not in found:
+        raise UserError(
+            f"{path} holds {', '.join(sorted(found)) or 'nothing'}; expected images in {ARRAY}: "
+            "give such a file."
+        )
+    images = check_images(found[ARRAY], f"{path}, {ARRAY}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _dataset(path, images.shape[1:], len(images), digest, lambda i: {"image": images[i]})
+
+
+def check_images(images: NDArray[Any], where: str) -> NDArray[Any]:
+    """The images as they can be measured: uint8, or float32 in [-1, 1].
+
+    Raises:
+      UserError: another shape, dtype or range; `where` says whose.
+    """
+    expected = "expected uint8 [n, H, W, 3] in 0..255, or float32 in [-1, 1]"
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
+        first = images.ndim == 4 and images.shape[1] == 3
+        fix = (
+            "grey images are to be repeated into three channels, if that is meant" if grey
+            else "channels go last" if first
+            else "mend the array"
+        )  # fmt: skip
+        raise UserError(f"{where} has shape {images.shape}; {expected}: {fix}.")
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype not in (np.float32, np.float16, np.float64):
+        raise UserError(f"{where} is of dtype {images.dtype}; {expected}: convert it.")
+    if not np.isfinite(images).all():
+        raise UserError(f"{where} has NaN or infinite pixels; {expected}: find out what made them.")
+    low, high = float(images.min()), float(images.max())
+    if low < -1 or high > 1 or low >= 0:
+        fix = (
+            "it seems to be in 0..255: round it and convert it to uint8" if high > 2 and low >= 0
+            else "it seems to be in [0, 1]: take 2 x - 1" if low >= 0
+            else "clip it, if that is meant"
+        )  # fmt: skip
+        raise UserError(f"{where} is float and in [{low:.4g}, {high:.4g}]; {expected}: {fix}.")
+    return images.astype(np.float32)
+
+
+def _from_files(path: Path) -> Dataset:
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; expected a folder or zip of images, or an .npz: mend the path."
+        )
+    source = Source(path)
+    try:
+        entries, _ = source.images()
+    except UserError as error:
+        raise UserError(str(error).replace("--source=", "")) from error
+    with source.open() as files:
+        shape = _decode(path, entries[0], files.read(entries[0].path)).shape
+
+    def read(indices: NDArray[Any]) -> Rows:
+        images = np.empty((len(indices), *shape), np.uint8)
+        with source.open() as files:
+            for row, index in enumerate(indices):
+                entry = entries[int(index)]
+                image = _decode(path, entry, files.read(entry.path))
+                if image.shape != shape:
+                    raise UserError(
+                        f"{path} holds images of several sizes: {entries[0].path} is "
+                        f"{shape[1]}x{shape[0]}, {entry.path} {image.shape[1]}x{image.shape[0]}; "
+                        "expected one size: crop them as your data was, for example with "
+                        "shortcut_jax.prepare."
+                    )
+                images[row] = image
+        return {"image": images}
+
+    listing = [[entry.path, entry.size, entry.stamp] for entry in entries]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return _dataset(path, shape, len(entries), digest, read)
+
+
+def _decode(path: Path, entry: Entry, data: bytes) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    try:
+        # A grey photograph among coloured ones is one of them, as every other tool has it.
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path}: {entry.path} cannot be decoded ({' '.join(str(error).split())}); expected an "
+            "image: mend it or take it out."
+        ) from error
+
+
+def _dataset(path: Path, shape: Any, size: int, digest: str, read: Any) -> Dataset:
+    return Dataset(
+        name=path.name,
+        split="",
+        image_shape=tuple(shape),
+        num_classes=1,
+        size=size,
+        fingerprint=digest[:16],
+        read=read,
+    )
