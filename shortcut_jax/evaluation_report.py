@@ -78,7 +78,7 @@ def write_pictures(folder: Path, found: Evaluation) -> list[Any]:
 
 def metric_name(record: Mapping[str, Any]) -> str:
     """The metric and its protocol, where there are several: numbers of two are never mixed."""
-    protocol = record["protocol"]
+    protocol = record.get("protocol", PLAIN.name)  # older records have none
     return record["metric"] + ("" if protocol == PLAIN.name else f" ({protocol})")
 
 

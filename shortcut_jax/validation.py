@@ -346,7 +346,6 @@ def _check_guidance(objective: ConfigDict) -> None:
 
 
 def _check_metrics(section: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    metrics.check_protocols(section)
     for name in section.metrics:
         try:
             metrics.check_metric(name, image_shape)
@@ -354,3 +353,4 @@ def _check_metrics(section: ConfigDict, image_shape: tuple[int, int, int]) -> No
             raise UserError(f"eval.metrics={section.metrics}: {error}") from error
         what = f"eval.num_samples={section.num_samples}"
         metrics.check_count(name, section.num_samples, what, section)
+    metrics.check_protocols(section)

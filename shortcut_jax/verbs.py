@@ -43,7 +43,9 @@ def run_() -> None:
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
-    _check_writable(workdir, out)
+    _check_writable(workdir)
+    if out:
+        cli.check_writable("--save_samples", out.parent)
     sink = _sinks(setup, out, grid) if out else None
     _print_found(workdir, evaluation.evaluate_checkpoint(setup, workdir, step, grid, sink))
 
@@ -60,7 +62,8 @@ def sample() -> None:
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
-    _check_writable(workdir, out)
+    _check_writable(workdir)
+    cli.check_writable("--out", out.parent)
     sink = _sinks(setup, out, grid, quantise_as)
     found = evaluation.evaluate_checkpoint(setup, workdir, step, grid, sink)
     evaluation_report.report(workdir, found)
@@ -74,7 +77,7 @@ def follow() -> None:
     if FLAGS.dry_run:
         print(run.summary(setup))
         return
-    _check_writable(workdir, None)
+    _check_writable(workdir)
     seen = time.monotonic()
     while True:
         ended = run.finished_step(workdir)  # before looking: what it names is there by now
@@ -160,11 +163,9 @@ def _print_plan(setup: run.Setup, workdir: str, grid: Grid, step: int) -> None:
     print(f"of the parameters    {', '.join(grid.params or (setup.config.eval.params,))}")
 
 
-def _check_writable(workdir: str, out: Path | None) -> None:
+def _check_writable(workdir: str) -> None:
     if jax.process_index() == 0:
         cli.check_writable("--workdir", Path(workdir) / "eval")
-        if out:
-            cli.check_writable("--out", out.parent)
 
 
 def _sample_path(flag: str, value: str) -> Path:
