@@ -66,12 +66,13 @@ def squared_radii(rows: Rows, k: int = 3) -> NDArray[np.float64]:
         UserError: fewer than k + 1 rows.
         ValueError: rows are missing.
     """
-    points = _Points.of(rows)
-    if not 1 <= k < len(points):
+    if not 1 <= k < len(rows.rows):
         raise UserError(
-            f"The {k}-th nearest of {len(points)} images is asked for; expected 1 or more "
-            f"neighbours and {k + 1} or more images: use more images, or fewer neighbours."
+            f"Precision and recall with {k} neighbours cannot be made of {len(rows.rows)} images; "
+            f"expected at least 1 neighbour and {max(k, 1) + 1} images: use more images, or "
+            "another number of neighbours."
         )
+    points = _Points.of(rows)
     nearest = np.full((len(points), k + 1), np.inf)  # with the row itself, which is at 0
     blocks = list(_blocks(len(points)))
     for i, block in enumerate(blocks):

@@ -19,8 +19,8 @@ from shortcut_jax.metrics.inception_weights import random_array
 FILE = Path(__file__).with_name("torch_fidelity_metrics.json")
 
 # Name -> samples, reference images, features.
-SETS = {"wide": (300, 250, 512), "narrow": (700, 600, 24), "few": (90, 150, 64)}
-SUBSETS = {"wide": (20, 200), "narrow": (50, 300), "few": (7, 90)}  # of KID: how many, how large
+SETS = {"wide": (300, 250, 320), "narrow": (700, 600, 24), "few": (90, 150, 64)}
+SUBSETS = {"wide": (10, 200), "narrow": (30, 300), "few": (7, 90)}  # of KID: how many, how large
 NEIGHBOURS = (1, 3, 5)
 # Name -> samples, classes, splits: of equal size, and not.
 LOGITS = {"equal": (500, 100, 10), "unequal": (1003, 37, 10), "one": (64, 1008, 1)}
