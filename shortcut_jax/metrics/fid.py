@@ -4,14 +4,13 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from shortcut_jax.metrics import inception
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.extractor import Extractor
 from shortcut_jax.metrics.protocols import INCEPTION, Protocol
+from shortcut_jax.metrics.resize import resize
 
 SIZE = inception.SIZE
 # Images per call of the compiled network, on each device.
@@ -21,40 +20,9 @@ BATCH = 32
 # ---------------------------------------------------------------------- what the network sees
 
 
-def interpolation_matrix(size: int, rule: str) -> np.ndarray:
-    """Bilinear interpolation from `size` to `SIZE` samples: float32 [SIZE, size].
-
-    Without antialiasing, places computed in float32, as those whose numbers this must give do it.
-
-    Args:
-        size: of the image along this axis.
-        rule: "corner", place i of the output is place i * scale of the input (TensorFlow 1 without
-            align_corners); or "half_pixel", the centres of pixels are at i + 1/2 (PyTorch).
-    """
-    scale = np.float32(size) / np.float32(SIZE)
-    place = np.arange(SIZE, dtype=np.float32)
-    if rule == "half_pixel":
-        half = np.float32(0.5)
-        place = np.maximum((place + half) * scale - half, np.float32(0))
-    else:
-        place = place * scale
-    low = np.minimum(place.astype(np.int64), size - 1)
-    high = np.minimum(low + 1, size - 1)
-    fraction = place - low.astype(np.float32)
-    matrix = np.zeros((SIZE, size), np.float32)
-    rows = np.arange(SIZE)
-    np.add.at(matrix, (rows, low), 1 - fraction)
-    np.add.at(matrix, (rows, high), fraction)
-    return matrix
-
-
 def preprocess(images: jax.Array, protocol: Protocol) -> jax.Array:
     """Grey levels [n, H, W, 3] -> float32 [n, 299, 299, 3], resized and scaled."""
-    rows, columns = (interpolation_matrix(size, protocol.rule) for size in images.shape[1:3])
-    x = images.astype(jnp.float32)
-    x = jnp.einsum("ph,nhwc->npwc", rows, x, precision=inception.PRECISION)
-    x = jnp.einsum("qw,npwc->npqc", columns, x, precision=inception.PRECISION)
-    return protocol.scale(x)
+    return protocol.scale(resize(images, SIZE, protocol.rule))
 
 
 # ---------------------------------------------------------------------- the extractor

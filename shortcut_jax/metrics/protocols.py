@@ -39,6 +39,10 @@ def _centred(v: Any) -> Any:
     return (v - 128) / 128
 
 
+def _clipped_centred(v: Any) -> Any:
+    return _centred(v.clip(0, 255))  # the bicubic kernel overshoots
+
+
 def _symmetric(v: Any) -> Any:
     return v / 127.5 - 1
 
@@ -67,8 +71,8 @@ INCEPTION = {
         ),
         # GaParmar/clean-fid, mode "clean".
         Protocol(
-            "clean", "round", 299, "pil_bicubic", _centred,
-            "299x299, bicubic antialiased (Pillow, float); (v-128)/128",
+            "clean", "round", 299, "pil_bicubic", _clipped_centred,
+            "299x299, bicubic antialiased (Pillow, float), clipped; (v-128)/128",
         ),
         # kvfrans/shortcut-models, helper_inference.py and utils/fid.py: what the paper reports.
         Protocol(
