@@ -24,7 +24,7 @@ class Published:
     """A file somebody published.
 
     Attributes:
-      url: https address of one revision, whose bytes do not change.
+      url: https address, of one revision where there are any.
       sha256: of the file.
       size: bytes; 0 if unknown.
     """
@@ -55,6 +55,13 @@ PUBLISHED = {
         "pt_inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         95_628_359,
+    ),
+    # FD-DINOv2's network. Meta publishes neither revisions nor hashes: sha256 and size are those
+    # that projects which verify this address pin (docs/dinov2.md).
+    "dinov2-vitl14": Published(
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+        1_217_586_395,
     ),
 }
 
