@@ -13,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+
+from shortcut_jax.metrics import torch_layout
 
 SIZE = 299  # rows and columns of what the network sees
 FEATURE_DIM, NUM_LOGITS = 2048, 1008
@@ -225,35 +226,20 @@ def _apply(steps: Sequence[Step], x: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------- weights by PyTorch's names
 
 
-@functools.cache
-def _shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path of every variable -> its shape."""
-    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    variables = jax.eval_shape(InceptionV3().init, jax.random.key(0), images)
-    return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
-
-
 def weight_shapes() -> dict[str, tuple[int, ...]]:
     """PyTorch's name of every array -> its shape there."""
-    return {
-        _torch_name(path): tuple(shape[i] for i in _TORCH_AXES.get(len(shape), range(len(shape))))
-        for path, shape in _shapes().items()
-    }
+    return torch_layout.weight_shapes(_shapes(), _torch_name)
 
 
 def to_variables(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Variables of `InceptionV3` from arrays with PyTorch's names, shapes as `weight_shapes`."""
-    flat = {
-        path: np.transpose(arrays[_torch_name(path)], _FLAX_AXES.get(len(shape)))
-        for path, shape in _shapes().items()
-    }
-    return unflatten_dict(flat)
+    return torch_layout.to_variables(_shapes(), _torch_name, arrays)
 
 
-# Kernels are [out, in, rows, columns] or [out, in] there, [rows, columns, in, out] or [in, out]
-# here. By number of axes.
-_TORCH_AXES = {4: (3, 2, 0, 1), 2: (1, 0)}
-_FLAX_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
+def _shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
+    return torch_layout.variable_shapes(InceptionV3(), SIZE)
+
+
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 

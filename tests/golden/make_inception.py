@@ -3,7 +3,7 @@
 Run by hand, in an environment of its own; the tests read the file and need no PyTorch:
 
     python3.11 -m venv /tmp/torch && . /tmp/torch/bin/activate
-    pip install torch==2.13.0 numpy pillow scikit-learn ml_dtypes
+    pip install torch==2.13.0 numpy pillow scikit-learn ml_dtypes absl-py
     pip install --no-deps torchvision==0.28.0 torch-fidelity==0.4.0
     PYTHONPATH=. python tests/golden/make_inception.py
 
