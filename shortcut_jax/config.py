@@ -100,6 +100,8 @@ OPTIONAL: dict[str, Any] = {
     "eval.allow_small_n": False,  # measure a FID of fewer than 2,048 images
     "eval.inception_weights": "",  # file of the FID's network; "random" for a trial without it
     "eval.inception_sha256": "",  # of that file; "" = the published one, else it is no FID
+    "eval.dinov2_weights": "",  # as inception_weights, of the network of fd_dinov2
+    "eval.dinov2_sha256": "",
 }
 
 # Keys that a resumed run may change: none of them decides what is trained.

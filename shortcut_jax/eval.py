@@ -49,9 +49,13 @@ REFERENCE = flags.DEFINE_string(
     "reference", None, "A file made by ref, or a folder, zip or .npz of images."
 )
 METRICS = flags.DEFINE_list("metrics", ["fid"], "Names of metrics: fid, sfid, is, kid, ...")
-PROTOCOLS = flags.DEFINE_list("protocols", ["adm"], "How images are prepared: adm, clean, ...")
+PROTOCOLS = flags.DEFINE_list(
+    "protocols", [], "How images are prepared: adm (if not given), pytorch_fid, clean, authors, ..."
+)
 INCEPTION_WEIGHTS = flags.DEFINE_string("inception_weights", "", "As eval.inception_weights.")
 INCEPTION_SHA256 = flags.DEFINE_string("inception_sha256", "", "As eval.inception_sha256.")
+DINOV2_WEIGHTS = flags.DEFINE_string("dinov2_weights", "", "As eval.dinov2_weights.")
+DINOV2_SHA256 = flags.DEFINE_string("dinov2_sha256", "", "As eval.dinov2_sha256.")
 ALLOW_SMALL_N = flags.DEFINE_bool("allow_small_n", False, "Measure fewer images than is sensible.")
 IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Of the images behind mu and sigma, which do not tell.", 1
@@ -76,7 +80,8 @@ class Verb(NamedTuple):
 
 
 _GRID = (STEPS, PARAMS, CFG_SCALES)
-_NETWORKS = (METRICS, PROTOCOLS, INCEPTION_WEIGHTS, INCEPTION_SHA256, ALLOW_SMALL_N)
+_WEIGHTS = (INCEPTION_WEIGHTS, INCEPTION_SHA256, DINOV2_WEIGHTS, DINOV2_SHA256)
+_NETWORKS = (METRICS, PROTOCOLS, ALLOW_SMALL_N, *_WEIGHTS)
 VERBS = {
     "run": Verb("run_", "yes", (STEP, *_GRID, SAVE_SAMPLES, DRY_RUN)),
     "follow": Verb("follow", "yes", (*_GRID, POLL, GIVE_UP, DRY_RUN)),

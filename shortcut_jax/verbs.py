@@ -297,7 +297,9 @@ def calc() -> None:
 
 def _section() -> dict[str, Any]:
     """The section eval that the flags stand for."""
-    names = ("inception_weights", "inception_sha256", "allow_small_n")
+    names = (
+        "allow_small_n", "inception_weights", "inception_sha256", "dinov2_weights", "dinov2_sha256",
+    )  # fmt: skip
     return {
         "metrics": tuple(FLAGS.metrics),
         "protocols": tuple(FLAGS.protocols),

@@ -13,7 +13,7 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.metrics import values
 from shortcut_jax.metrics.extractor import ImageShape, fits, shape_text
 from shortcut_jax.metrics.frechet import Moments, Stats, frechet_distance
-from shortcut_jax.metrics.protocols import INCEPTION, PLAIN, Protocol
+from shortcut_jax.metrics.protocols import DINOV2, INCEPTION, PLAIN, Protocol
 from shortcut_jax.metrics.values import Value
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ExtractorSpec:
         module: has `load_extractor(name, protocol, **options) -> Extractor`; jax and flax are
             imported with it.
         image_shape: (H, W, C) of the images it takes, None for any.
-        protocols: those it may be used with, by name.
+        protocols: those it may be used with, by name, the usual one first.
         options: keys of the config's section eval that `load_extractor` takes.
         files: module that has `check(**options)`, which refuses missing files without importing
             jax.
@@ -103,6 +103,13 @@ EXTRACTORS = {
         options=("inception_weights", "inception_sha256"),
         files="shortcut_jax.metrics.inception_weights",
     ),
+    "dinov2": ExtractorSpec(
+        "shortcut_jax.metrics.dinov2",
+        (None, None, 3),
+        DINOV2,
+        options=("dinov2_weights", "dinov2_sha256"),
+        files="shortcut_jax.metrics.dinov2_weights",
+    ),
 }
 
 METRICS = {
@@ -119,6 +126,7 @@ METRICS = {
     "kid": MetricSpec("inception", values.kid, "rows", min_samples=1000),
     "precision": MetricSpec("inception", values.precision, "rows", higher_is_better=True),
     "recall": MetricSpec("inception", values.recall, "rows", higher_is_better=True),
+    "fd_dinov2": MetricSpec("dinov2", other_name="fd", min_samples=1024),
 }  # fmt: skip
 
 
@@ -151,25 +159,14 @@ def check_count(name: str, count: int, what: str, section: Mapping[str, Any]) ->
 
 
 def protocols_of(extractor: str, section: Mapping[str, Any]) -> list[Protocol]:
-    """The protocols that a network is used with: its only one, or those that the section names.
-
-    Raises:
-        UserError: it can be used with several, and the section names none of them.
-    """
+    """The protocols that a network is used with: those that the section names, or its first."""
     there = EXTRACTORS[extractor].protocols
-    if len(there) == 1:
-        return list(there.values())
     chosen = [there[name] for name in section.get("protocols", ()) if name in there]
-    if not chosen:
-        raise UserError(
-            f"eval.protocols={tuple(section.get('protocols', ()))} names none of those of "
-            f"{extractor}; expected one or more of {', '.join(there)}: set it."
-        )
-    return chosen
+    return chosen or [next(iter(there.values()))]
 
 
 def check_protocols(section: Mapping[str, Any]) -> None:
-    """Raises UserError for a protocol that none of the section's metrics has, and for none."""
+    """Raises UserError for a protocol that none of the section's metrics has."""
     extractors = dict.fromkeys(find(name).extractor for name in section["metrics"])
     # Where nothing is measured, any name of a protocol will do.
     of_metrics = {name for e in extractors for name in EXTRACTORS[e].protocols}
@@ -180,8 +177,6 @@ def check_protocols(section: Mapping[str, Any]) -> None:
                 f"eval.protocols holds {name!r}, which is none of the protocols of these metrics, "
                 f"{', '.join(sorted(known))}; expected some of them: leave it out."
             )
-    for extractor in extractors:
-        protocols_of(extractor, section)
 
 
 def check_files(name: str, section: Mapping[str, Any]) -> None:

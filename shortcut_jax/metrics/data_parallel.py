@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 def compile_forward(
     preprocess: Callable[[jax.Array], jax.Array],
-    network: Callable[[Any, jax.Array], Mapping[str, jax.Array]],
+    network: Callable[..., Any],
     variables: Any,
     devices: Sequence[jax.Device],
 ) -> Callable[[np.ndarray], Mapping[str, jax.Array]]:

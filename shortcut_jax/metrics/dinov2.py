@@ -18,6 +18,7 @@ from PIL import Image
 from shortcut_jax.metrics import data_parallel, torch_layout
 from shortcut_jax.metrics import dinov2_weights as weights_lib
 from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.metrics.protocols import DINOV2, PILLOW, Protocol
 from shortcut_jax.metrics.resize import resize, torch_bicubic
 
 SIZE = 224  # rows and columns of what the network sees
@@ -119,19 +120,11 @@ def resize_places(places: jax.Array) -> jax.Array:
 
 # ---------------------------------------------------------------------- what the network sees
 
-_SCALE = "; v/255, ImageNet mean and std"
-PROTOCOLS = {
-    # calculate_metrics.py of https://github.com/NVlabs/edm2, as it is run.
-    "edm2": "224x224, bicubic antialiased, in float" + _SCALE,
-    # https://github.com/layer6ai-labs/dgm-eval, the code of Stein et al., as it is run.
-    "dgm_eval": "224x224, bicubic antialiased (Pillow), rounded to uint8" + _SCALE,
-}
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
-
-def preprocess(images: jax.Array) -> jax.Array:
-    """uint8 [n, H, W, 3] -> float32 [n, 224, 224, 3], resized and scaled; not clipped between."""
-    return (resize(images, SIZE, "pil_bicubic") / 255 - MEAN) / STD
+def preprocess(images: jax.Array, protocol: Protocol) -> jax.Array:
+    """Grey levels [n, H, W, 3] -> float32 [n, 224, 224, 3], resized and scaled, not clipped."""
+    x = images if protocol.rule == PILLOW else resize(images, SIZE, protocol.rule)
+    return protocol.scale(x.astype(jnp.float32))
 
 
 def pillow_resize(images: np.ndarray) -> np.ndarray:
@@ -147,12 +140,14 @@ def pillow_resize(images: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------- the extractor
 
 
-def load_extractor(name: str, dinov2_protocol: str = "edm2", **dinov2_weights: str) -> Extractor:
+def load_extractor(
+    name: str, protocol: Protocol = DINOV2["edm2"], **dinov2_weights: str
+) -> Extractor:
     """The extractor of FD-DINOv2, on all devices of this process.
 
     Args:
-        name: "fd_dinov2".
-        dinov2_protocol: key of `PROTOCOLS`.
+        name: "dinov2".
+        protocol: of `protocols.DINOV2`.
         **dinov2_weights: see `dinov2_weights.load`.
 
     Raises:
@@ -160,29 +155,31 @@ def load_extractor(name: str, dinov2_protocol: str = "edm2", **dinov2_weights: s
     """
     network = VisionTransformer()
     weights = weights_lib.load(weight_shapes(network), **dinov2_weights)
-    return build_extractor(network, weights, dinov2_protocol, BATCH, jax.local_devices())
+    return build_extractor(network, weights, protocol, BATCH, jax.local_devices())
 
 
 def build_extractor(
     network: VisionTransformer,
     weights: weights_lib.Weights,
-    protocol: str,
+    protocol: Protocol,
     batch: int,
     devices: Sequence[jax.Device],
 ) -> Extractor:
     """Extractor that gives each of the devices `batch` images at a time."""
     variables = to_variables(network, weights.arrays)
-    forward = data_parallel.compile_forward(preprocess, network.apply, variables, devices)
+    prepare = functools.partial(preprocess, protocol=protocol)
+    forward = data_parallel.compile_forward(prepare, network.apply, variables, devices)
+    by_pillow = protocol.rule == PILLOW
     return Extractor(
-        name=weights.name,
+        name="dinov2",
+        weights=weights.name,
+        protocol=protocol,
         image_shape=(None, None, 3),
         feature_dim=network.width,
         sha256=weights.sha256,
-        info={"protocol": protocol},
+        info={},
         batch=batch * len(devices),
-        # What has 224x224 pixels is left as it is by `preprocess`.
-        forward=forward if protocol == "edm2" else lambda images: forward(pillow_resize(images)),
-        resize=PROTOCOLS[protocol],
+        forward=(lambda images: forward(pillow_resize(images))) if by_pillow else forward,
     )
 
 

@@ -4,9 +4,8 @@ import functools
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from shortcut_jax.metrics import inception
+from shortcut_jax.metrics import data_parallel, inception
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.extractor import Extractor
 from shortcut_jax.metrics.protocols import INCEPTION, Protocol
@@ -49,15 +48,9 @@ def build_extractor(
     weights: weights_lib.Weights, protocol: Protocol, batch: int, devices: Sequence[jax.Device]
 ) -> Extractor:
     """Extractor that gives each of the devices `batch` images at a time."""
-    mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
-    rows = NamedSharding(mesh, PartitionSpec("batch"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    variables = jax.device_put(inception.to_variables(weights.arrays), whole)
-    # Two programs, so that the large one is the same for every size of image.
-    resize = jax.jit(
-        functools.partial(preprocess, protocol=protocol), in_shardings=rows, out_shardings=rows
-    )
-    network = jax.jit(inception.InceptionV3().apply, in_shardings=(whole, rows), out_shardings=rows)
+    variables = inception.to_variables(weights.arrays)
+    prepare = functools.partial(preprocess, protocol=protocol)
+    network = inception.InceptionV3().apply
     return Extractor(
         name="inception",
         weights=weights.name,
@@ -67,5 +60,5 @@ def build_extractor(
         sha256=weights.sha256,
         info={},
         batch=batch * len(devices),
-        forward=lambda images: network(variables, resize(images)),
+        forward=data_parallel.compile_forward(prepare, network, variables, devices),
     )

@@ -108,7 +108,7 @@ class Network:
             digest = hashlib.sha256()
             for name in sorted(arrays):
                 digest.update(name.encode())
-                digest.update(arrays[name])
+                digest.update(arrays[name].tobytes())
             return Weights(RANDOM, digest.hexdigest(), arrays)
         arrays = torch_file.read(weights)
         self._check_arrays(weights, arrays, shapes)

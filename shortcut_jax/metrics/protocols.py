@@ -20,7 +20,7 @@ class Protocol(NamedTuple):
         name: key of its registry.
         quantise: key of `QUANTISE`.
         size: rows and columns of what the network sees; None leaves images as they are.
-        rule: of `resize.interpolation_matrix`; "none" where images are left as they are.
+        rule: of `resize.interpolation_matrix`, or `PILLOW`; "none" leaves images as they are.
         scale: grey levels 0..255 -> what the network sees, jax arrays.
         text: what is done to grey levels, in words, for the record of a number.
         offset: added to the diagonal of both covariances before the root of their product.
@@ -78,6 +78,33 @@ INCEPTION = {
         Protocol(
             "authors", "none", 299, "half_pixel", _clipped,
             "299x299, bilinear half-pixel; [-1, 1], clipped", offset=1e-6,
+        ),
+    )
+}  # fmt: skip
+
+
+# Of the DINOv2 network.
+PILLOW = "pillow"  # a rule by itself: Pillow rounds to grey levels after each axis
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def _imagenet(v: Any) -> Any:
+    return (v / 255 - _MEAN) / _STD
+
+
+DINOV2 = {
+    protocol.name: protocol
+    for protocol in (
+        # calculate_metrics.py of NVlabs/edm2, as it is run.
+        Protocol(
+            "edm2", "round", 224, "pil_bicubic", _imagenet,
+            "224x224, bicubic antialiased, in float; v/255, ImageNet mean and std",
+        ),
+        # layer6ai-labs/dgm-eval, the code of Stein et al., as it is run.
+        Protocol(
+            "dgm_eval", "round", 224, PILLOW, _imagenet,
+            "224x224, bicubic antialiased (Pillow), rounded to uint8; v/255, ImageNet mean and std",
         ),
     )
 }  # fmt: skip

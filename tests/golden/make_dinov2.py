@@ -44,6 +44,9 @@ NETWORKS = {"small": (2, 64, 2), "large": (24, 1024, 16)}
 IN_BLOCKS = ("norm1", "attn.qkv", "attn", "norm2", "mlp.fc1", "mlp")
 LAYER = re.compile(rf"patch_embed|norm|blocks\.\d+(\.({'|'.join(map(re.escape, IN_BLOCKS))}))?")
 
+EMBEDDING = re.compile("patch_embed|cls_token|pos_embed")
+FAINT = 1e-3
+
 
 def main() -> None:
     import torch
@@ -62,6 +65,8 @@ def main() -> None:
         found[f"{name}/places"] = places.reshape(-1)[positions(places.size, PIXELS)]
         seen = torch.cat([see(photographs(), protocol, torch) for protocol in PROTOCOLS])
         found |= {f"{name}/{key}": values for key, values in run(network, seen, torch).items()}
+        if name == "small":
+            found[f"{name}/faint_features"] = faint_features(network, seen, torch)
     origin = {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -121,6 +126,15 @@ def run(network, seen, torch) -> dict[str, np.ndarray]:
     with torch.no_grad():
         found["features"] = network(seen).numpy()
     return found
+
+
+def faint_features(network, seen, torch) -> np.ndarray:
+    """The features if all tokens enter the blocks as faint as the epsilon of the normalisation."""
+    state = network.state_dict()
+    faint = {k: FAINT * a if EMBEDDING.match(k) else a for k, a in state.items()}
+    network.load_state_dict(faint)
+    with torch.no_grad():
+        return network(seen).numpy()
 
 
 if __name__ == "__main__":

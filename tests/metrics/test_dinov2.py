@@ -19,13 +19,15 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.files import sha256_of
 from shortcut_jax.metrics import dinov2
 from shortcut_jax.metrics import dinov2_weights as weights_lib
+from shortcut_jax.metrics.protocols import DINOV2
 from shortcut_jax.published import PUBLISHED
 from tests.golden import make_dinov2 as golden
 from tests.golden.make_inception import photograph_digest, photographs, positions, summary
 from tests.sentences import assert_sentence
 
-# Of the largest activation of a layer. Found: 3e-6; with weights rounded to TF32, 2e-4 to 1e-3.
-LAYER_TOLERANCE = 1e-4
+# Of the largest activation of a layer. Found: 5e-6; with weights rounded to TF32, 1e-4 to 4e-4;
+# with the approximation of the GELU by tanh, 1.7e-4.
+LAYER_TOLERANCE = 5e-5
 BATCH_TOLERANCE = 1e-4
 DEVICE_TOLERANCE = 1e-5
 # Of the range of what the network sees, about 4.5.
@@ -40,7 +42,7 @@ def small_weights():
 
 
 def small_extractor(protocol, batch, devices):
-    return dinov2.build_extractor(SMALL, small_weights(), protocol, batch, devices)
+    return dinov2.build_extractor(SMALL, small_weights(), DINOV2[protocol], batch, devices)
 
 
 def error(found, expected):
@@ -59,9 +61,8 @@ def peer():
 
 
 def see(images, protocol):
-    return dinov2.preprocess(
-        jnp.asarray(images if protocol == "edm2" else dinov2.pillow_resize(images))
-    )
+    shown = images if protocol == "edm2" else dinov2.pillow_resize(images)
+    return dinov2.preprocess(jnp.asarray(shown), DINOV2[protocol])
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,16 @@ def test_every_layer_is_that_of_the_published_code(found, peer):
     assert_parity(found, peer, "small")
 
 
+def test_the_epsilon_of_the_normalisation_is_theirs(variables, images, peer):
+    """Tokens of usual size do not show it: here they have a variance of 1e-6."""
+    params = variables["params"]
+    embeddings = {key: params[key] for key in params if golden.EMBEDDING.match(key)}
+    assert len(embeddings) == 3
+    faint = {"params": params | jax.tree.map(lambda a: np.float32(golden.FAINT) * a, embeddings)}
+    features = jax.jit(SMALL.apply)(faint, images)["features"]
+    assert error(features, peer["small/faint_features"]) <= LAYER_TOLERANCE
+
+
 @pytest.mark.slow
 def test_every_layer_of_vit_large_is_that_of_the_published_code(images, peer):
     network = dinov2.VisionTransformer()
@@ -203,7 +214,7 @@ def test_parity_fails_where_products_have_fewer_bits(name, bits, program, variab
     outputs = program(rounded)
     peer = {k.removeprefix("small/"): v for k, v in peer.items()}
     errors = layer_errors(outputs, peer)
-    assert max(errors.values()) > 3 * LAYER_TOLERANCE
+    assert max(errors.values()) > 5 * LAYER_TOLERANCE
     assert np.mean([e > LAYER_TOLERANCE for e in errors.values()]) > 0.9
     assert error(outputs["features"], peer["features"]) > LAYER_TOLERANCE
 
@@ -245,14 +256,12 @@ def small(monkeypatch):
 
 
 def test_the_extractor_of_dgm_eval_rounds(small, found):
-    extractor = dinov2.load_extractor(
-        "fd_dinov2", dinov2_protocol="dgm_eval", dinov2_weights="random"
-    )
-    assert extractor.name == "fd_dinov2_random"
+    extractor = dinov2.load_extractor("dinov2", DINOV2["dgm_eval"], dinov2_weights="random")
+    assert (extractor.name, extractor.weights) == ("dinov2", "random")
     assert (extractor.feature_dim, extractor.image_shape) == (64, (None, None, 3))
     assert extractor.sha256 == small_weights().sha256
-    assert extractor.info == {"protocol": "dgm_eval"} and "rounded" in extractor.resize
-    features = extractor.features(photographs())
+    assert extractor.protocol is DINOV2["dgm_eval"]
+    features = extractor.outputs(photographs())["features"]
     assert error(features, found["features"][2:]) <= BATCH_TOLERANCE
     assert error(features, found["features"][:2]) > BATCH_TOLERANCE
 
@@ -266,9 +275,12 @@ def test_a_published_file_is_read(small, tmp_path, monkeypatch, found):
     sha256 = sha256_of(path)
     options = dict(dinov2_weights=str(path), dinov2_sha256=sha256)
     weights_lib.check(**options)
-    extractor = dinov2.load_extractor("fd_dinov2", **options)
-    assert (extractor.name, extractor.sha256) == (f"fd_dinov2_{sha256[:8]}", sha256)
-    assert error(extractor.features(photographs()), found["features"][:2]) <= BATCH_TOLERANCE
+    extractor = dinov2.load_extractor("dinov2", **options)
+    assert (extractor.weights, extractor.sha256) == (sha256[:8], sha256)
+    assert (
+        error(extractor.outputs(photographs())["features"], found["features"][:2])
+        <= BATCH_TOLERANCE
+    )
 
 
 def refusal(function, *args, **kwargs):

@@ -149,11 +149,14 @@ def test_names_of_protocols_and_metrics_are_checked(config, wrong, found):
     assert_sentence(refusal(run.prepare, config), (found, "expected"))
 
 
-def test_a_network_with_several_protocols_needs_one_named(config):
-    del config.unlock().eval.protocols
-    assert_sentence(
-        refusal(run.prepare, config), ("eval.protocols=()", "inception", "adm, pytorch_fid")
-    )
+def test_a_network_takes_its_usual_protocol_if_none_is_named():
+    def names(extractor, *protocols):
+        section = {"protocols": protocols}
+        return [p.name for p in metrics.protocols_of(extractor, section)]
+
+    assert names("inception", "clean", "adm") == ["clean", "adm"]
+    assert [p.name for p in metrics.protocols_of("inception", {})] == ["adm"]
+    assert names("dinov2", "clean") == ["edm2"] and names("fd_digits", "clean") == ["plain"]
 
 
 def test_few_samples_are_refused_unless_asked_for(config):

@@ -1,24 +1,44 @@
 """Metrics by name."""
 
+import importlib
+
 import pytest
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics import METRICS, check_metric, load_extractor
+from shortcut_jax.metrics import EXTRACTORS, METRICS, check_metric, find, load_extractor
+from shortcut_jax.metrics.gauges import CLASSES, SUMMARIES
+
+SMALL = [name for name, spec in EXTRACTORS.items() if spec.module.endswith("classifier")]
 
 
-@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"fid"}))
+@pytest.mark.parametrize("name", SMALL)
 def test_registry_agrees_with_the_extractors(name):
-    extractor = load_extractor(name)
-    assert extractor.name == name
+    (protocol,) = EXTRACTORS[name].protocols.values()
+    extractor = load_extractor(name, protocol, {})
+    assert (extractor.name, extractor.weights, extractor.protocol) == (name, "", protocol)
     check_metric(name, extractor.image_shape)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_names_what_there_is(name):
+    spec = METRICS[name]
+    assert EXTRACTORS[spec.extractor].protocols
+    assert spec.summary in SUMMARIES and CLASSES.keys() == SUMMARIES.keys()
+    assert callable(importlib.import_module(EXTRACTORS[spec.extractor].module).load_extractor)
+
+
+def test_protocols_are_known_by_their_names():
+    for spec in EXTRACTORS.values():
+        assert all(name == protocol.name for name, protocol in spec.protocols.items())
 
 
 def test_only_inception_features_are_called_fid():
     called = {name for name in METRICS if "fid" in name.lower()}
-    assert called == {n for n, spec in METRICS.items() if spec.module == "shortcut_jax.metrics.fid"}
+    assert called == {"fid", "sfid"}
+    assert all(METRICS[name].extractor == "inception" and METRICS[name].other_name for name in called)
 
 
-@pytest.mark.parametrize("function", [load_extractor, lambda name: check_metric(name, (8, 8, 1))])
+@pytest.mark.parametrize("function", [find, lambda name: check_metric(name, (8, 8, 1))])
 def test_an_unknown_metric_is_refused(function):
     with pytest.raises(UserError, match=r"'fid50k'.*fd_digits, fd_digits_mlp64"):
         function("fid50k")
