@@ -35,7 +35,9 @@ def test_protocols_are_known_by_their_names():
 def test_only_inception_features_are_called_fid():
     called = {name for name in METRICS if "fid" in name.lower()}
     assert called == {"fid", "sfid"}
-    assert all(METRICS[name].extractor == "inception" and METRICS[name].other_name for name in called)
+    assert all(
+        METRICS[name].extractor == "inception" and METRICS[name].other_name for name in called
+    )
 
 
 @pytest.mark.parametrize("function", [find, lambda name: check_metric(name, (8, 8, 1))])
