@@ -28,6 +28,7 @@ def base(c: ConfigDict) -> None:
     # 6,400 updates where the paper has 400,000: a high learning rate, annealed.
     c.optimizer.update(lr=4e-3, schedule="cosine", warmup_steps=100, b2=0.99)
     c.checkpoint.every = 1600
+    c.averages.snapshot_every = 200
     c.eval.update(every=3200, num_samples=1797, batch_size=600)
     c.eval.metrics = ("fd_digits", "fd_digits_mlp64")
 
@@ -39,6 +40,7 @@ def small(c: ConfigDict) -> None:
     c.model.update(hidden_size=32, depth=1, num_heads=2)
     c.optimizer.update(schedule="constant", warmup_steps=0)  # tests continue to more steps
     c.checkpoint.every = 4
+    c.averages.snapshot_every = 2
     c.log.every = 2
     c.eval.update(every=4, num_samples=50, batch_size=32, steps=(1, 4), steps_in_loop=(1,))
     c.eval.grid_rows = 4

@@ -23,18 +23,27 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep: how many of the newest to keep.
+      keep: how many of the newest to keep; None keeps all.
       read_only: for evaluation beside a run: creates and removes nothing.
+      folder: of the workdir, if they are others than those a run resumes from.
 
     Raises:
-      UserError: WORKDIR/checkpoints is a file.
+      UserError: the folder is a file.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int, read_only: bool = False):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep: int | None,
+        read_only: bool = False,
+        folder: str = "checkpoints",
+    ):
+        self.directory = Path(workdir).absolute() / folder
+        self._noun = folder.removesuffix("s")
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(
-                f"{self.directory} is a file; expected the folder of the checkpoints: move it away."
+                f"{self.directory} is a file; expected the folder of the {folder}: move it away."
             )
         self._report_unfinished()
         self._manager = ocp.CheckpointManager(
@@ -88,6 +97,26 @@ class Checkpoints:
                 state=ocp.args.PyTreeSave(dict(state)), meta=ocp.args.JsonSave(dict(meta))
             ),
         )
+
+    def drop_after(self, step: int) -> list[int]:
+        """Removes those of later steps; returns which these were."""
+        later = [found for found in self.steps() if found > step]
+        for found in later:
+            self._manager.delete(found)
+        return later
+
+    def averages(self, step: int) -> list[str]:
+        """Names of the averages in a checkpoint, beside its parameters and EMA.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        path = self.directory / str(step) / "state"
+        try:
+            tree = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise self._unreadable(step, str(error)) from error
+        return list(tree.get("averages") or {})
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint.
@@ -156,16 +185,17 @@ class Checkpoints:
         )
         first_line = " ".join(found.split())[:300]
         return UserError(
-            f"checkpoint {self.directory / str(step)} cannot be read ({first_line}); expected a "
-            f"whole checkpoint of this run: {fix}."
+            f"{self._noun} {self.directory / str(step)} cannot be read ({first_line}); expected a "
+            f"whole {self._noun} of this run: {fix}."
         )
 
     def _report_unfinished(self) -> None:
         unfinished = sorted(self.directory.glob("*orbax-checkpoint-tmp*"))
         for path in unfinished:
             logging.warning(
-                "Checkpoint %s was not finished (the process died while saving); it is ignored and "
-                "the newest finished one is used.",
+                "%s %s was not finished (the process died while saving); it is ignored and the newest "
+                "finished one is used.",
+                self._noun.capitalize(),
                 path.name.partition(".")[0],
             )
 

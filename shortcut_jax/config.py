@@ -33,6 +33,11 @@ def default() -> ConfigDict:
             "total_steps": 400_000,
             "batch_size": 256,  # over all devices
             "ema_rate": 0.999,  # per step; EMA parameters make bootstrap targets and samples
+            "averages": {  # further averages of the parameters, to be evaluated: docs/ema.md
+                "rates": (),  # EMAs of these rates per step; their names are ema_RATE
+                "power": (),  # power-function EMAs of these relative widths: power_WIDTH
+                "snapshot_every": 10_000,  # of those of `power`, kept to reconstruct others
+            },
             "teacher": "",  # workdir or checkpoint of a flow-matching model, for what distils one
             "init_from": "",  # workdir or checkpoint to start from; "" = the teacher, or fresh
             "data": {
@@ -72,7 +77,7 @@ def default() -> ConfigDict:
                 "steps": (1, 2, 4, 8, 16, 32, 64, 128),
                 "steps_in_loop": (1, 4, 128),
                 "metrics": ("fd_digits",),
-                "params": "ema",  # ema | online
+                "params": "ema",  # ema | online | a name of docs/ema.md
                 "seed": 0,
                 "grid_rows": 10,
             },
@@ -117,6 +122,7 @@ MAY_CHANGE_ON_RESUME = (
     "eval",
     "objective.sampler",
     "optimizer.on_nonfinite",
+    "averages.snapshot_every",
     # Copied into the first checkpoint; pairs know the digest of their teacher.
     "teacher",
     "init_from",
@@ -244,8 +250,23 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config that an older version may have written, with keys that were added since.
+
+    They have their defaults, unless they say what was trained: those of model and objective, and
+    data.name.
+    """
+    added = {
+        key: value
+        for key, value in flatten(default()).items()
+        if not key.startswith(("model.", "objective.", "data.name"))
+    }
+    return {**added, **flat}
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines "key: old -> new" for every flat key that a resumed run may not change."""
+    old = {k: v for k, v in with_defaults(old).items() if k in old or k in new}
 
     staged = any(_is_staged(flat) for flat in (old, new))
 

@@ -89,7 +89,7 @@ def export(workdir: Path, out: Path, step: int | None = None, params: str = "ema
       workdir: of the run.
       out: folder for model.safetensors and architecture.json.
       step: of the checkpoint; the newest by default.
-      params: "ema" or "online".
+      params: see `trained.load`.
 
     Returns:
       The files.

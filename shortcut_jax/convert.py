@@ -16,7 +16,9 @@ from shortcut_jax.errors import UserError
 
 OUT = flags.DEFINE_string("out", None, "Folder to write: a workdir, or that of the export.")
 STEP = flags.DEFINE_integer("step", None, "Of export: checkpoint; the newest if not given.")
-PARAMS = flags.DEFINE_enum("params", None, ["ema", "online"], "Of export. (default: ema)")
+PARAMS = flags.DEFINE_string(
+    "params", None, "Of export: ema, online or another average. (default: ema)"
+)
 
 COMMANDS = {
     "authors": ("FILE",),

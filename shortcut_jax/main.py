@@ -12,11 +12,12 @@ DRY_RUN = flags.DEFINE_bool(
 def main() -> None:
     """Trains, or resumes: the command is the same."""
     # after the flags: a wrong one should fail at once
-    from shortcut_jax import pretrained, run, train
+    from shortcut_jax import averages, pretrained, run, train
 
     if DRY_RUN.value:
-        pretrained.find(config_flag.CONFIG.value)
         config = config_flag.CONFIG.value
+        pretrained.find(config)
+        averages.check_tracked(config)
         print(run.summary(run.prepare(config, measures=config.eval.every > 0)))
     else:
         train.train(config_flag.CONFIG.value, workdir_flag.workdir())

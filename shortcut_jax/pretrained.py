@@ -89,7 +89,7 @@ def find(config: ConfigDict, resuming: bool = False) -> Origins:
 def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> TrainState:
     """A fresh state with the parameters of other runs.
 
-    The network and its EMA start from `init_from`, else from the teacher; the step count, the
+    The network and its averages start from `init_from`, else from the teacher; the step count, the
     optimizer and the metrics stay fresh. The teacher's parameters are its EMA.
     """
     start = origins.init_from or origins.teacher
@@ -97,7 +97,9 @@ def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> Tr
         return fresh
     params = start.params(fresh.params, shardings.params)
     logging.info("Starting from step %d of %s (%s).", start.step, start.workdir, start.key)
-    state = dataclasses.replace(fresh, params=params, ema=jax.tree.map(jnp.copy, params))
+    ema, *averages = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(fresh.averages)))
+    further = dict(zip(fresh.averages, averages, strict=True))
+    state = dataclasses.replace(fresh, params=params, ema=ema, averages=further)
     if not fresh.teacher:
         return state
     assert origins.teacher is not None  # `validation` has refused a config without one

@@ -20,6 +20,7 @@ from shortcut_jax import (
     data,
     latent_cache,
     metrics,
+    parameters,
     sharding,
     spaces,
     state,
@@ -213,13 +214,8 @@ def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
 
 def resolve(flat: Mapping[str, Any], path: Path) -> ConfigDict:
     """The config that a flat one, written to `path`, stands for: see `restore_config`."""
-    defaults = {
-        key: value
-        for key, value in config_lib.flatten(config_lib.default()).items()
-        if not key.startswith(("model.", "objective.", "data.name"))
-    }
     sections: dict[str, dict[str, Any]] = {}
-    for key, value in {**defaults, **flat}.items():
+    for key, value in config_lib.with_defaults(flat).items():
         section, _, name = key.rpartition(".")
         in_section = sections.setdefault(section, {})
         in_section[name] = tuple(value) if isinstance(value, list) else value
@@ -286,18 +282,18 @@ def checkpoint_meta(
 def restore_params(
     setup: Setup, checkpoints: checkpoint.Checkpoints, step: int, which: str
 ) -> tuple[Any, Any]:
-    """The "ema" or "online" parameters of a checkpoint on the mesh of `setup`, and their shardings.
+    """The parameters of that name on the mesh of `setup`, and their shardings.
 
     Raises:
-      UserError: the checkpoint cannot be read as parameters of this network.
+      UserError: the checkpoint has none of that name (`parameters.check`), or it cannot be read as
+        parameters of this network.
     """
     shapes = jax.eval_shape(
         lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
     )
     shardings = sharding.shard_tree(shapes, setup.mesh)
-    field = state.PARAMS_FIELD[which]
-    wanted = {field: checkpoint.with_shardings(shapes, shardings)}
-    return checkpoints.restore(step, wanted)[field], shardings
+    wanted = checkpoint.with_shardings(shapes, shardings)
+    return parameters.restore(checkpoints, step, which, wanted), shardings
 
 
 def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, path: Path) -> None:

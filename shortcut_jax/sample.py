@@ -23,7 +23,9 @@ OUT = flags.DEFINE_string(
     "Picture to write (.png), or arrays (.npz): arr_0 uint8 NHWC, arr_1 labels, steps.",
 )
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the newest if not given.")
-PARAMS = flags.DEFINE_enum("params", "ema", ["ema", "online"], "Which parameters to load.")
+PARAMS = flags.DEFINE_string(
+    "params", "ema", "Which to load: ema, online, or another average, such as power_0.1."
+)
 CFG_SCALE = flags.DEFINE_float(
     "cfg_scale", None, "Scale of guidance, where it is applied while sampling; else the trained."
 )

@@ -25,9 +25,13 @@ class TrainState:
     opt_state: Any
     teacher: Any  # like params, or {} for objectives without one
     metrics: dict[str, metrics.Average]  # averages since the last log
+    # name -> tree like params, of the averages that `shortcut_jax.averages` tracks
+    averages: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
-PARAMS_FIELD = {"ema": "ema", "online": "params"}  # value of eval.params -> field of TrainState
+# The parameters that every run has: name in eval.params -> field of TrainState. What else there is
+# has its name in the field `averages`.
+PARAMS_FIELD = {"ema": "ema", "online": "params"}
 
 
 def build_network(config: ConfigDict, objective: Objective) -> DiT:

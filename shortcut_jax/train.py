@@ -19,13 +19,16 @@ from shortcut_jax import (
     evaluation,
     evaluation_report,
     pairs,
+    parameters,
     pretrained,
     rng,
     run,
     sharding,
+    snapshots,
     spaces,
     state,
 )
+from shortcut_jax import averages as averages_lib
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
@@ -89,6 +92,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
         params = optax.apply_updates(old.params, updates)
         ema = optax.incremental_update(params, old.ema, 1 - config.ema_rate)
+        further = averages_lib.update(old.averages, params, old.step)
 
         scalars = {
             **scalars,
@@ -104,9 +108,10 @@ def make_train_step(
             averages[f"loss/{name}"] = Average.from_model_output(row_loss, mask=mask)
         if config.optimizer.on_nonfinite == "skip":
             # (The teacher is not among them: whether it is promoted does not depend on the loss.)
-            learned = (params, ema, opt_state, averages)
-            kept = (old.params, old.ema, old.opt_state, jax.tree.map(jnp.zeros_like, averages))
-            params, ema, opt_state, averages = jax.tree.map(
+            learned = (params, ema, further, opt_state, averages)
+            none = jax.tree.map(jnp.zeros_like, averages)
+            kept = (old.params, old.ema, old.averages, old.opt_state, none)
+            params, ema, further, opt_state, averages = jax.tree.map(
                 lambda new, keep: jnp.where(finite, new, keep), learned, kept
             )
         averages[NONFINITE] = Average.from_model_output(1.0 - finite[None])
@@ -117,7 +122,7 @@ def make_train_step(
             averages = jax.tree.map(
                 lambda sum, new: jnp.where(fresh, new, sum + new), dict(old.metrics), averages
             )
-        return TrainState(old.step + 1, params, ema, opt_state, teacher, averages)
+        return TrainState(old.step + 1, params, ema, opt_state, teacher, averages, further)
 
     return train_step
 
@@ -141,6 +146,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     ##################################################################################
 
     origins = pretrained.find(config, resuming=run.has_checkpoint(workdir))
+    averages_lib.check_tracked(config)
     setup = run.prepare(config, measures=config.eval.every > 0)
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
@@ -168,7 +174,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         ema = jax.tree.map(jnp.copy, params)
         teacher = jax.tree.map(jnp.copy, params) if objective.teacher == "targets" else {}
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, ema, optimizer.init(params), teacher, {})
+        further = averages_lib.start(config.averages, params)
+        return TrainState(step, params, ema, optimizer.init(params), teacher, {}, further)
 
     def empty_batch() -> Batch:
         image = jnp.zeros((config.batch_size, *train_data.image_shape), train_data.dtype)
@@ -227,6 +234,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     ##################################################################################
 
     first = start or 0
+    stored = snapshots.Snapshots(workdir, config.averages, first)
     batches = pipeline.batches(
         train_data,
         batch_size=config.batch_size,
@@ -253,17 +261,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             if new and config.eval.every and step % config.eval.every == 0:
                 jax.block_until_ready(train_state)
                 with clock.phase("evaluate"):
-                    params = getattr(train_state, state.PARAMS_FIELD[config.eval.params])
+                    params = parameters.of(train_state, config.eval.params)
                     results = evaluator.run(params, step, ways_to_sample)
                     evaluation_report.report(workdir, results, logger)
 
-            if new and (last or step % config.checkpoint.every == 0):
+            save = last or step % config.checkpoint.every == 0
+            if new and (save or stored.due(step)):
                 jax.block_until_ready(train_state)
                 _check_finite(_averages(train_state), step, config, checkpoints)
                 with clock.phase("checkpoint"):
-                    position = run.data_position(config, train_data, step)
-                    meta = run.checkpoint_meta(config, position, clock.state_dict())
-                    checkpoints.save(step, _fields(train_state), meta)
+                    stored.save(step, train_state.averages)
+                    if save:
+                        position = run.data_position(config, train_data, step)
+                        meta = run.checkpoint_meta(config, position, clock.state_dict())
+                        checkpoints.save(step, _fields(train_state), meta)
             if last:
                 break
 
@@ -280,6 +291,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
         with clock.phase("checkpoint"):
             checkpoints.close()
+            stored.close()
     run.mark_finished(workdir, config.total_steps)
     return train_state
 

@@ -12,7 +12,16 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, run, sampling, sharding, spaces, state
+from shortcut_jax import (
+    averages,
+    checkpoint,
+    parameters,
+    run,
+    sampling,
+    sharding,
+    spaces,
+    state,
+)
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives.base import rows
 
@@ -232,25 +241,22 @@ def load(
     Args:
       workdir: of the run.
       step: of the checkpoint; the newest by default.
-      params: "ema" or "online".
+      params: "ema", "online", or the name of another average (docs/ema.md).
       autoencoder: file of weights that decodes samples of latents, if it is not where training had
         it.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it cannot be read, or its network sees no
-        latents and an autoencoder is given.
+      UserError: there is no such run, checkpoint or average, or it cannot be read, or its network
+        sees no latents and an autoencoder is given.
     """
-    if params not in state.PARAMS_FIELD:
-        raise UserError(
-            f"params={params!r} is not known; expected {' or '.join(state.PARAMS_FIELD)}: "
-            "choose one of them."
-        )
+    averages.check_name(params, "params")
     config = run.restore_config(workdir)
     if autoencoder is not None:
         _check_latents(config, workdir)
         config.autoencoder.weights = str(autoencoder)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
     step = checkpoints.choose(step)
+    parameters.check(checkpoints, step, params, "params")
     setup = run.build(config, sharding.make_mesh(jax.device_count(), 1))
 
     model = Model(setup, step, *run.restore_params(setup, checkpoints, step, params))

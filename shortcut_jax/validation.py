@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 from ml_collections import ConfigDict
 
-from shortcut_jax import data, metrics, objectives, spaces
+from shortcut_jax import averages, data, metrics, objectives, spaces
 from shortcut_jax.config import OPTIONAL, build_objective, default, flatten
 from shortcut_jax.data.crops import CROPS
 from shortcut_jax.errors import UserError
@@ -52,6 +52,8 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     _check_model(config.model, spaces.shape(config, image_shape))
     _check_guidance(config.objective)
     _check_metrics(config.eval, image_shape)
+    averages.check(config)
+    averages.check_name(config.eval.params, "eval.params")
     warmup, total = config.optimizer.warmup_steps, config.total_steps
     check(
         warmup < total,
@@ -130,7 +132,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",
     "objective.cfg_scale", "objective.flow_time_grid", "objective.bootstrap_clip",
-    "objective.weight_power", "data.workers",
+    "objective.weight_power", "data.workers", "averages.snapshot_every",
 )  # fmt: skip
 _IN_0_1 = ("ema_rate", "optimizer.b1", "optimizer.b2", "objective.noise_floor")  # 1 excluded
 _PROBABILITIES = ("objective.class_dropout",)
@@ -144,11 +146,11 @@ _CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.on_nonfinite": ("stop", "skip"),
-    "eval.params": ("ema", "online"),
 }
 
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_EXAMPLES = {"averages.rates": [0.9999], "averages.power": [0.05, 0.1]}  # empty by default
 _TUPLES = {int: "a tuple of whole numbers", float: "a tuple of numbers", str: "a tuple of names"}
 
 
@@ -173,6 +175,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def wrong_type(key: str, found: str, valid: Any) -> str:
     """The sentence for a value of the wrong type; `valid` is one of the right type."""
     if isinstance(valid, list):
+        valid = _EXAMPLES.get(key, valid)
         kind, valid = _TUPLES[type(valid[0])], tuple(valid)
     else:
         kind = _KINDS[type(valid)]
@@ -197,7 +200,7 @@ def _check_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
         f"({', '.join(sorted(foreign))}); choose the objective by the config argument instead, "
         f"--config=FILE.py:objective={name}.",
     )
-    known = {**common, **flatten(OPTIONAL), **options, "objective.name": name}
+    known = {**common, **_EXAMPLES, **flatten(OPTIONAL), **options, "objective.name": name}
     for key in flat:
         if key not in known:
             raise UserError(unknown_key(key, known))
@@ -212,7 +215,7 @@ def _check_types(flat: Mapping[str, Any], valid: Mapping[str, Any]) -> None:
             value = tuple(value)
             good = all(type(v) is type(valid[key][0]) for v in value)
             check(
-                len(value) > 0 or key == "eval.metrics",  # pictures alone
+                len(value) > 0 or key in ("eval.metrics", *_EXAMPLES),  # no metrics: pictures alone
                 f"{key} is empty; give at least one, such as {valid[key][0]!r}.",
             )
             check(
