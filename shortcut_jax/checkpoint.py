@@ -193,8 +193,8 @@ class Checkpoints:
         unfinished = sorted(self.directory.glob("*orbax-checkpoint-tmp*"))
         for path in unfinished:
             logging.warning(
-                "%s %s was not finished (the process died while saving); it is ignored and the newest "
-                "finished one is used.",
+                "%s %s was not finished (the process died while saving); it is ignored and the "
+                "newest finished one is used.",
                 self._noun.capitalize(),
                 path.name.partition(".")[0],
             )

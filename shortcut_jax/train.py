@@ -14,6 +14,7 @@ from clu import parameter_overview
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
+from shortcut_jax import averages as averages_lib
 from shortcut_jax import (
     checkpoint,
     evaluation,
@@ -28,7 +29,6 @@ from shortcut_jax import (
     spaces,
     state,
 )
-from shortcut_jax import averages as averages_lib
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
