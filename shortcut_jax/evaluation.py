@@ -16,7 +16,17 @@ import numpy as np
 from absl import logging
 from numpy.typing import NDArray
 
-from shortcut_jax import checkpoint, data, metrics, run, sampling, sharding, state
+from shortcut_jax import (
+    averages,
+    checkpoint,
+    data,
+    metrics,
+    parameters,
+    run,
+    sampling,
+    sharding,
+    state,
+)
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
@@ -300,6 +310,8 @@ def cells(setup: run.Setup, grid: Grid) -> list[Cell]:
 def check_grid(setup: run.Setup, grid: Grid) -> None:
     """Raises UserError for the first thing in a grid that this model cannot be sampled with."""
     objective = setup.objective
+    for name in grid.params:
+        averages.check_name(name, "--params")
     for num_steps in grid.steps:
         objective.check_steps(num_steps)
     for scale in grid.cfg_scales:
@@ -335,6 +347,8 @@ def evaluate_checkpoint(
     reads = config.eval.metrics and not config.eval.get("reference", "")
     images = data.open_dataset(config.data) if reads else None
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
+    for which in grid.params or (config.eval.params,):
+        parameters.check(checkpoints, step, which)
     evaluator, parts = None, []
     for which, ways in itertools.groupby(cells(setup, grid), lambda cell: cell.params):
         of_params = list(ways)
