@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from shortcut_jax import layers
 from shortcut_jax.errors import UserError
 
 
@@ -137,6 +138,8 @@ class Checkpoints:
     def restore(self, step: int, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the entries of the state that `shapes` has, straight onto their devices.
 
+        Blocks that were saved in the other layout of `shortcut_jax.layers` are moved to this one.
+
         Args:
           step: one of `steps()`.
           shapes: tree of jax.ShapeDtypeStruct with shardings: all of the state or some of its
@@ -145,10 +148,12 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint cannot be read as that.
         """
-        item = dict(shapes)
+        path = self.directory / str(step) / "state"
         try:
+            scanned = layers.holds_stacked(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+            item = layers.shapes_as(dict(shapes), scanned)
             found = self._reader().restore(
-                self.directory / str(step) / "state",
+                path,
                 args=ocp.args.PyTreeRestore(
                     item=item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -156,11 +161,15 @@ class Checkpoints:
                 ),
             )
             # A partial restore hands back what it was asked with for an array that is not there.
-            for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+            for key, leaf in jax.tree_util.tree_leaves_with_path(found):
                 if not isinstance(leaf, jax.Array):
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
+                    name = jax.tree_util.keystr(key, simple=True, separator="/")
                     raise KeyError(f"it has no array {name}")
-            return found
+            if jax.tree.structure(found) == jax.tree.structure(dict(shapes)):
+                return found
+            convert = layers.unstack if scanned else layers.stack
+            placed = jax.tree.map(lambda a: a.sharding, dict(shapes))
+            return jax.jit(lambda tree: convert(tree), out_shardings=placed)(found)
         # What orbax and tensorstore raise for damaged files is not documented.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise self._unreadable(step, str(error)) from error

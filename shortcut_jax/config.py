@@ -32,6 +32,7 @@ def default() -> ConfigDict:
             "seed": 0,
             "total_steps": 400_000,
             "batch_size": 256,  # over all devices
+            "accumulation_steps": 1,  # parts of the batch that go through the network in turn
             "ema_rate": 0.999,  # per step; EMA parameters make bootstrap targets and samples
             "averages": {  # further averages of the parameters, to be evaluated: docs/ema.md
                 "rates": (),  # EMAs of these rates per step; their names are ema_RATE
@@ -56,6 +57,8 @@ def default() -> ConfigDict:
                 "step_embedding": "d",  # d | log2
                 "modulation_init": "zero",  # zero | xavier
                 "dtype": "auto",  # of matrix products: float32 on a CPU, bfloat16 elsewhere
+                "remat": "none",  # none | full | dots: what the backward pass computes again
+                "scan_layers": False,  # one compiled block, looped over: compiles faster
             },
             "optimizer": {
                 "lr": 1e-4,
@@ -109,6 +112,9 @@ OPTIONAL: dict[str, Any] = {
     "eval.dinov2_sha256": "",
 }
 
+# Keys of the model that say how it is computed, not what.
+LAYOUT = ("model.remat", "model.scan_layers")
+
 # Keys that a resumed run may change: none of them decides what is trained.
 MAY_CHANGE_ON_RESUME = (
     "data.data_dir",
@@ -117,6 +123,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.latents",
     "autoencoder.weights",  # the same file may lie elsewhere; a checkpoint knows its sha256
     "mesh",
+    "accumulation_steps",
+    *LAYOUT,
     "checkpoint",
     "log",
     "eval",
@@ -253,13 +261,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
     """A flat config that an older version may have written, with keys that were added since.
 
-    They have their defaults, unless they say what was trained: those of model and objective, and
-    data.name.
+    They have their defaults, unless they say what was trained: those of model, but for its layout,
+    and of objective, and data.name.
     """
     added = {
         key: value
         for key, value in flatten(default()).items()
-        if not key.startswith(("model.", "objective.", "data.name"))
+        if key in LAYOUT or not key.startswith(("model.", "objective.", "data.name"))
     }
     return {**added, **flat}
 

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, cli, config_flag, run, sharding, state, trained
+from shortcut_jax import checkpoint, cli, config_flag, layers, run, sharding, state, trained
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import write_atomically
@@ -106,6 +106,7 @@ def export(workdir: Path, out: Path, step: int | None = None, params: str = "ema
     model = trained.load(workdir, step, params)
     cli.check_writable("--out", out)
     host = jax.tree.map(lambda a: np.asarray(sharding.to_host(a)), model.params)
+    host = layers.unstack(host)
     contents = exported.files(host, exported.describe(model.setup, model.step, params))
     if jax.process_index() == 0:
         for name, content in contents.items():
@@ -176,8 +177,9 @@ def _setup(config: ConfigDict) -> run.Setup:
 
 
 def _check_shapes(setup: run.Setup, params: Any, path: Path) -> None:
+    unrolled = setup.network.clone(scan_layers=False)  # as weights are outside of a training
     shapes = jax.eval_shape(
-        lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
+        lambda: state.init_params(unrolled, setup.image_shape, setup.config.seed)
     )
     wanted = {name: a.shape for name, a in flatten(shapes).items()}
     found = {name: a.shape for name, a in flatten(params).items()}

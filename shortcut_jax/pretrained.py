@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, run, sharding, validation
+from shortcut_jax import checkpoint, layers, run, sharding, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
@@ -111,7 +111,7 @@ def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> Tr
 def digest(params: Any) -> str:
     """16 hex digits that name parameters, from every bit of them."""
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers.unstack(params)):
         found.update(jax.tree_util.keystr(path).encode())
         found.update(np.ascontiguousarray(sharding.to_host(leaf)).data)
     return found.hexdigest()[:16]
@@ -148,7 +148,7 @@ def _check_network(found: Pretrained, config: ConfigDict) -> None:
     keys = sorted(
         key
         for key in flat.keys() | found.config.keys()
-        if (key.startswith("model.") and key != "model.dtype")
+        if (key.startswith("model.") and key not in ("model.dtype", *config_lib.LAYOUT))
         or key in ("data.name", "data.image_size", "autoencoder.kind", "autoencoder.scale")
     )
     lines = [

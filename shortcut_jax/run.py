@@ -204,7 +204,7 @@ def restore_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """The config of the run in a workdir, locked and valid.
 
     Keys that config.json lacks, as it may if an older version wrote it, have their defaults, unless
-    they say what was trained: those of model and objective, and data.name.
+    they say what was trained: those of objective, most of model, and data.name.
 
     Raises:
       UserError: it cannot be read, or is no config of this version.

@@ -15,8 +15,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
 
-# First match wins. "largest": the largest axis that the fsdp axis divides is split over it.
-RULES = ((r".*", "largest"),)
+# Pattern of the whole path of an array, and which of its axes is split over "fsdp": the largest one
+# that it divides, by "largest" of all axes, by "largest_in_layer" of all but the first, by
+# "replicate" of none. The first match wins. A train state's paths end in those of its parameters
+# (opt_state/0/mu/block_0/qkv/kernel), so that what belongs to a parameter is split like it.
+RULES = (
+    (r"metrics/.*", "replicate"),  # sums over the batch
+    (r"(.*/)?blocks/.*", "largest_in_layer"),  # [L, ...] under model.scan_layers: each layer alike
+    (r".*", "largest"),
+)
 
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
@@ -64,7 +71,8 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     rule = next(rule for pattern, rule in RULES if re.fullmatch(pattern, name))
     if rule == "replicate" or fsdp == 1 or not shape:
         return PartitionSpec()
-    for axis in np.argsort(shape, kind="stable")[::-1]:
+    first = 1 if rule == "largest_in_layer" else 0
+    for axis in np.argsort(shape[first:], kind="stable")[::-1] + first:
         if shape[axis] % fsdp == 0:
             return PartitionSpec(*("fsdp" if i == axis else None for i in range(len(shape))))
     logging.info("%s %s is replicated: no axis is a multiple of fsdp=%d", name, shape, fsdp)

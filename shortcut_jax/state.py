@@ -10,7 +10,7 @@ import optax
 from clu import metrics
 from ml_collections import ConfigDict
 
-from shortcut_jax import rng
+from shortcut_jax import layers, rng
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
@@ -67,12 +67,12 @@ def apply_fn(network: DiT) -> Callable[..., Any]:
 
 
 def init_params(network: DiT, image_shape: tuple[int, int, int], seed: int) -> Any:
-    """Fresh parameters, float32, from the stream "init"."""
+    """Fresh parameters, float32, from the stream "init": the same whether layers are scanned."""
     one = jnp.zeros(1)
     key = rng.stream(seed, "init", 0)
-    return network.init(key, jnp.zeros((1, *image_shape)), one, one, one.astype(jnp.int32))[
-        "params"
-    ]
+    unrolled = network.clone(scan_layers=False)
+    params = unrolled.init(key, jnp.zeros((1, *image_shape)), one, one, one.astype(jnp.int32))
+    return layers.stack(params["params"]) if network.scan_layers else params["params"]
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:

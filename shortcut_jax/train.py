@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from shortcut_jax import averages as averages_lib
 from shortcut_jax import (
+    accumulation,
     checkpoint,
     evaluation,
     evaluation_report,
@@ -82,13 +83,15 @@ def make_train_step(
         targets, scalars = objective.targets(draw, batch, velocities, progress, num_shards)
         pixels = targets.target[0].size
 
-        def loss_fn(params):
-            prediction = apply(params, targets.x_t, targets.t, targets.d, targets.labels)
-            row_loss = jnp.mean((prediction - targets.target) ** 2, axis=(1, 2, 3))  # [B]
+        def loss_fn(params, rows):
+            prediction = apply(params, rows.x_t, rows.t, rows.d, rows.labels)
+            row_loss = jnp.mean((prediction - rows.target) ** 2, axis=(1, 2, 3))  # [B]
             adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss) * pixels)
-            return jnp.mean(targets.weight * adaptive * row_loss), row_loss
+            return jnp.mean(rows.weight * adaptive * row_loss), row_loss
 
-        (loss, row_loss), grads = jax.value_and_grad(loss_fn, has_aux=True)(old.params)
+        (loss, row_loss), grads = accumulation.value_and_grad(
+            loss_fn, old.params, targets, config.accumulation_steps, num_shards
+        )
         updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
         params = optax.apply_updates(old.params, updates)
         ema = optax.incremental_update(params, old.ema, 1 - config.ema_rate)

@@ -16,6 +16,7 @@ from shortcut_jax.config import OPTIONAL, build_objective, default, flatten
 from shortcut_jax.data.crops import CROPS
 from shortcut_jax.errors import UserError
 from shortcut_jax.models.autoencoder import ARCHITECTURES
+from shortcut_jax.models.dit import REMAT
 
 
 def check(condition: bool, message: str) -> None:
@@ -92,6 +93,13 @@ def check_devices(config: ConfigDict, num_devices: int) -> tuple[int, int]:
     axes = mesh_shape(config.mesh, num_devices)
     shards = math.prod(axes)
     build_objective(config, num_classes=0).validate(config.batch_size, shards)
+    parts = shards * config.accumulation_steps
+    check(
+        config.batch_size % parts == 0,
+        f"accumulation_steps={config.accumulation_steps} cannot cut batch_size={config.batch_size} "
+        f"on {shards} device(s) into equal parts; expected batch_size to be a multiple of {parts}: "
+        "change one of them.",
+    )
     check(
         config.eval.batch_size % shards == 0,
         f"eval.batch_size={config.eval.batch_size} cannot be split over {shards} devices; "
@@ -123,7 +131,7 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int]:
 
 
 _POSITIVE = (
-    "total_steps", "batch_size", "model.patch_size", "model.hidden_size", "model.depth",
+    "total_steps", "batch_size", "accumulation_steps", "model.patch_size", "model.hidden_size", "model.depth",
     "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr", "optimizer.eps",
     "checkpoint.every", "checkpoint.keep", "log.every", "eval.batch_size", "eval.grid_rows",
     "objective.num_pairs", "objective.pair_steps", "objective.reflow_steps", "objective.time_std",
@@ -144,6 +152,7 @@ _CHOICES = {
     "model.step_embedding": ("d", "log2"),
     "model.modulation_init": ("zero", "xavier"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": tuple(REMAT),
     "optimizer.schedule": ("constant", "cosine"),
     "optimizer.on_nonfinite": ("stop", "skip"),
 }

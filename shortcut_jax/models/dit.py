@@ -4,6 +4,7 @@ The defaults are DiT with a second time-like embedding for d. Each way in which 
 the shortcut paper differs is a field (docs/differences.md), so that its weights give its outputs.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from shortcut_jax import layers
 
 # name: hidden size, depth, heads (DiT, table 1)
 SIZES = {
@@ -22,6 +25,14 @@ SIZES = {
 PATCHES = (2, 4, 8)
 
 TABLE_INIT = nn.initializers.normal(0.02)  # embedding tables and the time and step-size MLPs
+
+# What of a block's forward pass is kept for its backward pass; the rest is computed again.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # The products with weights, which are most of the work; not those of attention, [T, T].
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class DiT(nn.Module):
@@ -40,6 +51,8 @@ class DiT(nn.Module):
     max_level: int = 7  # log2 M: the token of d = 0 under "log2"
     ignore_step: bool = False  # methods without a step size see a constant
     residual_barrier: bool = False  # same values; see Block._residual
+    remat: Literal["none", "full", "dots"] = "none"  # same values; see REMAT
+    scan_layers: bool = False  # same values; one traced block, parameters as in `layers.stack`
     dtype: Any = jnp.float32  # of the matrix products; parameters are float32
 
     @nn.compact
@@ -70,21 +83,37 @@ class DiT(nn.Module):
         )(labels)
         c = nn.silu(c)  # [B, h] float32
 
-        for i in range(self.depth):
-            tokens = Block(
-                num_heads=self.num_heads,
-                mlp_ratio=self.mlp_ratio,
-                attention_scale=self.attention_scale,
-                modulation_init=self.modulation_init,
-                residual_barrier=self.residual_barrier,
-                dtype=self.dtype,
-                name=f"block_{i}",
-            )(tokens, c)
+        block = functools.partial(
+            self._block(),
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            attention_scale=self.attention_scale,
+            modulation_init=self.modulation_init,
+            residual_barrier=self.residual_barrier,
+            dtype=self.dtype,
+        )
+        if self.scan_layers:
+            tokens, _ = nn.scan(
+                lambda one, x, c: (one(x, c), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+            )(block(name=layers.STACKED), tokens, c)
+        else:
+            for i in range(self.depth):
+                tokens = block(name=f"{layers.PREFIX}{i}")(tokens, c)
 
         shift, scale = modulation(2, self.hidden_size, "zero", self.dtype, name="modulation")(c)
         tokens = modulate(layer_norm(tokens), shift, scale).astype(self.dtype)
         tokens = dense(p * p * channels, self.dtype, init="zero", name="output")(tokens)
         return unpatchify(tokens, p, grid).astype(jnp.float32)
+
+    def _block(self) -> type[nn.Module]:
+        if self.remat == "none":
+            return Block
+        # A loop's body is not merged with another's (CSE) as unrolled blocks would be.
+        return nn.remat(Block, policy=REMAT[self.remat], prevent_cse=not self.scan_layers)
 
     def _step_input(self, d: jax.Array) -> jax.Array:
         if self.ignore_step:
