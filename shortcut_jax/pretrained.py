@@ -111,9 +111,10 @@ def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> Tr
 def digest(params: Any) -> str:
     """16 hex digits that name parameters, from every bit of them."""
     found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(layers.unstack(params)):
+    host = jax.tree.map(sharding.to_host, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers.unstack(host)):
         found.update(jax.tree_util.keystr(path).encode())
-        found.update(np.ascontiguousarray(sharding.to_host(leaf)).data)
+        found.update(np.ascontiguousarray(leaf).data)
     return found.hexdigest()[:16]
 
 

@@ -12,7 +12,20 @@ FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_force_host_platform_dev
 
 # ------------------------------------------------------------------ the same numbers
 
-MESHES = ("1x1", "8x1", "1x8", "2x4")
+# name -> mesh, by number of devices.
+MESHES = {1: {"1x1": "1,1"}, 8: {"8x1": "8,1", "1x8": "1,8", "2x4": "2,4"}}
+# More that changes how a step is computed and not what. Alone on one device: tests/test_train.py.
+WAYS = {
+    1: {"1x1": "1,1;model.depth=2"},
+    8: {
+        "8x1_accumulated": "8,1;model.depth=2;accumulation_steps=2",
+        "1x8_accumulated": "1,8;model.depth=2;accumulation_steps=4",
+        "8x1_remat": "8,1;model.depth=2;model.remat='dots'",
+        "1x8_scanned": "1,8;model.depth=2;model.scan_layers=True",
+        "2x4_all": "2,4;model.depth=2;accumulation_steps=4;model.remat='full';"
+        "model.scan_layers=True",
+    },
+}
 
 # Why not bit for bit: see tests/test_resume.py. Found: 3e-7 at most of the scalars, 1e-7 of the
 # parameters, which three steps of lr = 1e-3 move by up to 3e-3.
@@ -21,14 +34,29 @@ PARAMS_ATOL = 3e-6
 
 
 @pytest.fixture(scope="module")
-def trained(run_python, tmp_path_factory):
-    """A folder with what tests/programs/train_on_meshes.py writes, for every mesh."""
-    out = tmp_path_factory.mktemp("meshes")
-    for devices, meshes in ((1, ["1,1"]), (8, ["8,1", "1,8", "2,4"])):
-        args = ["-m", "tests.programs.train_on_meshes", str(out), *meshes]
-        env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
-        assert run_python(args, env=env, timeout=280).returncode == 0
-    return out
+def train_all(run_python, tmp_path_factory):
+    """train_all(runs): a folder with what tests/programs/train_on_meshes.py writes for them."""
+
+    def train_all(runs):
+        out = tmp_path_factory.mktemp("meshes")
+        for devices, specs in runs.items():
+            args = ["-m", "tests.programs.train_on_meshes", str(out)]
+            args += [f"{name}={spec}" for name, spec in specs.items()]
+            env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
+            assert run_python(args, env=env, timeout=280).returncode == 0
+        return out
+
+    return train_all
+
+
+@pytest.fixture(scope="module")
+def trained(train_all):
+    return train_all(MESHES)
+
+
+@pytest.fixture(scope="module")
+def trained_in_all_ways(train_all):
+    return train_all(WAYS)
 
 
 def read_metrics(path):
@@ -37,16 +65,26 @@ def read_metrics(path):
     return [{key: json.loads(line)[key] for key in keys} for line in lines]
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
-def test_every_mesh_trains_the_same(trained, mesh):
-    expected, found = read_metrics(trained / "1x1"), read_metrics(trained / mesh)
+def assert_trained_the_same(folder, name):
+    expected, found = read_metrics(folder / "1x1"), read_metrics(folder / name)
     assert [line["step"] for line in expected] == [1, 2, 3]
     for a, b in zip(expected, found, strict=True):
         assert b == pytest.approx(a, rel=SCALARS_RTOL)
-    with np.load(trained / "1x1.npz") as a, np.load(trained / f"{mesh}.npz") as b:
+    with np.load(folder / "1x1.npz") as a, np.load(folder / f"{name}.npz") as b:
         assert sorted(a.files) == sorted(b.files)
-        for name in a.files:
-            np.testing.assert_allclose(b[name], a[name], rtol=0, atol=PARAMS_ATOL, err_msg=name)
+        for key in a.files:
+            np.testing.assert_allclose(b[key], a[key], rtol=0, atol=PARAMS_ATOL, err_msg=key)
+
+
+@pytest.mark.parametrize("mesh", MESHES[8])
+def test_every_mesh_trains_the_same(trained, mesh):
+    assert_trained_the_same(trained, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS[8])
+def test_every_way_to_compute_a_step_trains_the_same(trained_in_all_ways, way):
+    assert_trained_the_same(trained_in_all_ways, way)
 
 
 # ------------------------------------------------------------------ a share of the memory
@@ -58,16 +96,28 @@ def shares(trained, mesh):
     return {k: v for k, v in arrays.items() if k.startswith(("params/", "ema/", "opt_state/"))}
 
 
-@pytest.mark.parametrize("mesh, fsdp", [("1x8", 8), ("2x4", 4)])
-def test_fsdp_gives_each_device_its_part_of_the_state(trained, mesh, fsdp):
-    arrays = shares(trained, mesh)
+def assert_shared(arrays, fsdp):
     for name, array in arrays.items():
-        splits = any(size % fsdp == 0 for size in array["shape"])
+        in_layer = array["shape"][1:] if "/blocks/" in name else array["shape"]
+        splits = any(size % fsdp == 0 for size in in_layer)
         expected = array["bytes"] // fsdp if splits else array["bytes"]
         assert array["shards"] == [expected] * 8, name
     total = sum(array["bytes"] for array in arrays.values())
     per_device = sum(array["shards"][0] for array in arrays.values())
     assert 1 <= per_device / total * fsdp < 1.01  # few and small arrays cannot be split
+
+
+@pytest.mark.parametrize("mesh, fsdp", [("1x8", 8), ("2x4", 4)])
+def test_fsdp_gives_each_device_its_part_of_the_state(trained, mesh, fsdp):
+    assert_shared(shares(trained, mesh), fsdp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way, fsdp", [("1x8_scanned", 8), ("2x4_all", 4)])
+def test_fsdp_gives_each_device_its_part_of_scanned_layers(trained_in_all_ways, way, fsdp):
+    arrays = shares(trained_in_all_ways, way)
+    assert any("/blocks/" in name for name in arrays)
+    assert_shared(arrays, fsdp)
 
 
 def test_data_parallel_copies_the_state(trained):
@@ -85,6 +135,7 @@ STEPS = {
     "objective.step_size_sampling='stratified'",
     "flow_matching": "objective=flow_matching",
     "authors_code": "authors_code",
+    "accumulated": "objective=shortcut;accumulation_steps=4",
 }
 
 COLLECTIVE = re.compile(

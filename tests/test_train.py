@@ -1,12 +1,15 @@
 """One training step against its definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import spaces, state, train
+from shortcut_jax import layers, spaces, state, train
 from shortcut_jax.objectives import Batch
 
 DRAW = spaces.Pixels().draw
@@ -43,3 +46,54 @@ def test_step_is_adamw_on_the_mean_squared_error_then_ema():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), new.ema, expected
     )
     assert new.step == 1
+
+
+# Keys that change how a step is computed and not what.
+ALL = {"accumulation_steps": 2, "model.remat": "full", "model.scan_layers": True}
+WAYS = [
+    pytest.param(ALL, id="all"),
+    pytest.param({"accumulation_steps": 4}, id="accumulated", marks=pytest.mark.slow),
+    pytest.param({"model.remat": "dots"}, id="remat", marks=pytest.mark.slow),
+    pytest.param({"model.scan_layers": True}, id="scanned", marks=pytest.mark.slow),
+]
+
+
+def trained(**overrides):
+    """Metrics of three steps of a shortcut model of two layers, and its final parameters."""
+    config = digits.get_config("small")
+    config.model.depth, config.log.every = 2, 1
+    # The gradient of the bias of keys is zero but for rounding, which Adam would make a step of.
+    config.optimizer.eps = 1e-4
+    config.update_from_flattened_dict(overrides)
+    objective = config_lib.build_objective(config, num_classes=10)
+    network = state.build_network(config, objective)
+    optimizer = state.build_optimizer(config)
+    params = state.init_params(network, (8, 8, 1), seed=0)
+    # The layers that start at zero would hide the gradient of those before them.
+    params = jax.tree.map(lambda a: a + 0.02, params)
+    old = state.TrainState(jnp.int32(0), params, params, optimizer.init(params), {}, {})
+    numbers = np.random.default_rng(0)
+    images = jnp.asarray(numbers.normal(size=(32, 8, 8, 1)), jnp.float32)
+    batch = Batch(images, jnp.arange(32) % 10)
+    step = train.make_train_step(config, network, objective, optimizer, 1, DRAW)
+    compiled = jax.jit(step, compiler_options={"xla_backend_optimization_level": "0"})
+    metrics = []
+    for _ in range(3):
+        old = compiled(dataclasses.replace(old, metrics={}), batch)
+        metrics.append({name: float(a.compute()) for name, a in old.metrics.items()})
+    return metrics, layers.unstack({"params": old.params, "ema": old.ema})
+
+
+@pytest.fixture(scope="module")
+def plainly():
+    return trained()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_compute_a_step_agree(way, plainly):
+    """In losses, norms and parameters, to rounding: tests/test_meshes.py has the tolerances."""
+    (metrics, params), (expected_metrics, expected) = trained(**way), plainly
+    for found, wanted in zip(metrics, expected_metrics, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6), params, expected)

@@ -1,10 +1,11 @@
 """Trains on several meshes of one process's devices: for tests/test_meshes.py.
 
-python -m tests.programs.train_on_meshes OUT DATA,FSDP ... writes per mesh OUT/DATAxFSDP/, the
-workdir, OUT/DATAxFSDP.npz, the final parameters and EMA, and OUT/DATAxFSDP.json, how the bytes of
-every array of the train state are shared by the devices.
+python -m tests.programs.train_on_meshes OUT NAME=DATA,FSDP[;KEY=VALUE...] ... writes for each
+OUT/NAME/, the workdir, OUT/NAME.npz, the final parameters and EMA in the unrolled layout, and
+OUT/NAME.json, how the bytes of every array of the train state are shared by the devices.
 """
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -14,16 +15,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import digits
-from shortcut_jax import sharding, train
+from shortcut_jax import layers, sharding, train
 
 
-def small_config(data: int, fsdp: int) -> ConfigDict:
+def small_config(data: int, fsdp: int, overrides: dict) -> ConfigDict:
     config = digits.get_config("small")
     config.total_steps = 3
     config.optimizer.update(lr=1e-3, schedule="constant", warmup_steps=0)
     config.mesh.update(data=data, fsdp=fsdp)
     config.log.update(every=1, tensorboard=False)
     config.eval.every = 0
+    config.update_from_flattened_dict(overrides)
     return config
 
 
@@ -32,12 +34,16 @@ def named_leaves(tree):
     return {jax.tree_util.keystr(p, simple=True, separator="/"): a for p, a in leaves}
 
 
-def main(out: Path, meshes: list[str]) -> None:
-    for mesh in meshes:
+def main(out: Path, specs: list[str]) -> None:
+    for spec in specs:
+        name, _, rest = spec.partition("=")
+        mesh, *overrides = rest.split(";")
         data, fsdp = map(int, mesh.split(","))
-        state = train.train(small_config(data, fsdp), out / f"{data}x{fsdp}")
-        arrays = named_leaves({"params": state.params, "ema": state.ema})
-        np.savez(out / f"{data}x{fsdp}.npz", **{k: sharding.to_host(a) for k, a in arrays.items()})
+        pairs = (item.split("=") for item in overrides)
+        config = small_config(data, fsdp, {key: ast.literal_eval(v) for key, v in pairs})
+        state = train.train(config, out / name)
+        arrays = named_leaves(layers.unstack({"params": state.params, "ema": state.ema}))
+        np.savez(out / f"{name}.npz", **{k: sharding.to_host(a) for k, a in arrays.items()})
         shares = {
             name: {
                 "shape": a.shape,
@@ -46,7 +52,7 @@ def main(out: Path, meshes: list[str]) -> None:
             }
             for name, a in named_leaves(state).items()
         }
-        (out / f"{data}x{fsdp}.json").write_text(json.dumps(shares))
+        (out / f"{name}.json").write_text(json.dumps(shares))
 
 
 if __name__ == "__main__":
