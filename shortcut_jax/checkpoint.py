@@ -2,12 +2,13 @@
 
 Saves are asynchronous and atomic: a step becomes visible by the renaming of its finished directory,
 so a kill during a save leaves the previous one in place. EMA parameters can be read alone, on any
-mesh, for evaluation.
+mesh, for evaluation. Checksums of all arrays are saved beside them and compared with what is read.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from shortcut_jax import layers
+from shortcut_jax import checksums, layers
 from shortcut_jax.errors import UserError
+
+CHECKSUMS = "checksums"  # in the JSON part: of every array, and of the rest of that part
 
 
 class Checkpoints:
@@ -91,13 +94,32 @@ class Checkpoints:
           step: number of updates done.
           state: tree of arrays, in which parameters and EMA are top-level entries.
           meta: JSON data: data position, clock, config.
+
+        Raises:
+          UserError: this save or the one before it failed.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(dict(state)), meta=ocp.args.JsonSave(dict(meta))
-            ),
-        )
+        meta = json.loads(json.dumps(dict(meta)))
+        sums = {"arrays": checksums.of_arrays(dict(state)), "rest": checksums.of_json(meta)}
+        self.check()  # or the save before this one would be blamed on this one
+        with self._failing():
+            began = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(dict(state)),
+                    meta=ocp.args.JsonSave({**meta, CHECKSUMS: sums}),
+                ),
+            )
+        if not began:
+            raise UserError(
+                f"checkpoint {step} was not written, because {self.directory} holds the later "
+                f"{self.latest()}; expected none: another run may be writing there, end one of "
+                "them."
+            )
+
+    def check(self) -> None:
+        """Raises UserError if a save that was begun has failed meanwhile; does not wait."""
+        with self._failing():
+            self._manager.check_for_errors()
 
     def drop_after(self, step: int) -> list[int]:
         """Removes those of later steps; returns which these were."""
@@ -123,14 +145,21 @@ class Checkpoints:
         """The JSON part of a checkpoint.
 
         Raises:
-          UserError: it is missing or unreadable.
+          UserError: it is missing, unreadable or not what was saved.
         """
+        return {k: v for k, v in self._whole_meta(step).items() if k != CHECKSUMS}
+
+    def _whole_meta(self, step: int) -> dict[str, Any]:
         path = self.directory / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
             for part in ("config", "data", "clock"):
                 if not isinstance(meta[part], dict):
                     raise TypeError(f"{part} is {meta[part]!r:.50}")
+            if CHECKSUMS in meta:  # older versions wrote none
+                rest = {k: v for k, v in meta.items() if k != CHECKSUMS}
+                if checksums.of_json(rest) != meta[CHECKSUMS]["rest"]:
+                    raise ValueError("its checksum is another")
             return meta
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(step, f"{path.name}: {error!r}") from error
@@ -146,8 +175,9 @@ class Checkpoints:
             top-level entries.
 
         Raises:
-          UserError: the checkpoint cannot be read as that.
+          UserError: the checkpoint cannot be read as that, or is not what was saved.
         """
+        saved = self._whole_meta(step).get(CHECKSUMS)
         path = self.directory / str(step) / "state"
         try:
             scanned = layers.holds_stacked(ocp.PyTreeCheckpointHandler().metadata(path).tree)
@@ -165,7 +195,11 @@ class Checkpoints:
                 if not isinstance(leaf, jax.Array):
                     name = jax.tree_util.keystr(key, simple=True, separator="/")
                     raise KeyError(f"it has no array {name}")
-            if jax.tree.structure(found) == jax.tree.structure(dict(shapes)):
+            if saved is not None:
+                for name, checksum in checksums.of_arrays(found).items():
+                    if saved["arrays"].get(name) != checksum:
+                        raise ValueError(f"state/{name} is damaged: its checksum is another")
+            if scanned == layers.holds_stacked(dict(shapes)):
                 return found
             convert = layers.unstack if scanned else layers.stack
             placed = jax.tree.map(lambda a: a.sharding, dict(shapes))
@@ -175,12 +209,29 @@ class Checkpoints:
             raise self._unreadable(step, str(error)) from error
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Returns when nothing is being written; UserError if that failed."""
+        with self._failing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the manager."""
-        self._manager.close()
+        """Waits, then releases the manager; UserError if what was being written failed."""
+        with self._failing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        # What orbax and tensorstore raise for full or absent disks is not documented.
+        except (OSError, ValueError, RuntimeError) as error:
+            first_line = " ".join(str(error).split())[:300]
+            steps = self.steps()
+            kept = f"the newest whole one is {steps[-1]}" if steps else "none was saved before"
+            raise UserError(
+                f"a checkpoint could not be written to {self.directory} ({first_line}), {kept}; "
+                "expected room and permission: make room or mend the disk, and start again to "
+                "continue from there."
+            ) from error
 
     def _reader(self) -> ocp.Checkpointer:
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

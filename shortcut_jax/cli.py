@@ -4,12 +4,14 @@ import logging as stdlib_logging
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 
+from shortcut_jax import distributed, preemption
 from shortcut_jax.errors import UserError
 
 Parser = Callable[[Sequence[str]], list[str]]
@@ -28,7 +30,16 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
         try:
             function(*argv[1:])
         except UserError as error:
-            fail(str(error))
+            print(f"error: {error}", file=sys.stderr)
+            distributed.end(2)
+        except preemption.Preempted as left:
+            print(f"preempted: {left}: start the same command again.", file=sys.stderr)
+            distributed.end(preemption.EXIT_STATUS)
+        except Exception:
+            if not distributed.several():
+                raise
+            traceback.print_exc()
+            distributed.end(1)
 
     logging.set_verbosity(logging.INFO)
     # Orbax reports a dozen lines per save through the same logger, and jax every missing back end.

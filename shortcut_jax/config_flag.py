@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from shortcut_jax import cli, validation
+from shortcut_jax import cli, distributed, distributed_flag, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 
@@ -25,8 +25,25 @@ CONFIG = config_flags.DEFINE_config_file(
 
 
 def main(function: Callable[[], None]) -> None:
-    """As `cli.main`, for a binary with a config."""
-    cli.main(function, parse)
+    """As `cli.main`, for a binary with a config: its processes find each other and agree on it."""
+
+    def joined() -> None:
+        join()
+        function()
+
+    cli.main(joined, parse)
+
+
+def join() -> None:
+    """Joins the other processes of this run, if there are any, and agrees on code and config.
+
+    Raises:
+      UserError: a process is missing, or was started with something else.
+    """
+    distributed_flag.start()
+    if distributed.several():
+        config = config_lib.flatten(CONFIG.value or {})
+        distributed.agree(distributed.code() | {f"config.{k}": v for k, v in config.items()})
 
 
 def with_objective(name: str) -> ConfigDict:

@@ -112,6 +112,7 @@ def main(name: str) -> None:
     """Does what a verb says."""
     from shortcut_jax import verbs
 
+    config_flag.join()
     verb = VERBS[name]
     for flag in sorted(_OWN - {holder.name for holder in verb.takes}):
         if flags.FLAGS[flag].present:

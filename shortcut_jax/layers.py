@@ -43,7 +43,9 @@ def unstack(tree: Any, split: Callable[[Any], Sequence[Any]] = tuple) -> Any:
         leaves, structure = jax.tree.flatten(node[STACKED])
         blocks = zip(*map(split, leaves), strict=True)
         rest = {name: part for name, part in node.items() if name != STACKED}
-        return rest | {f"{PREFIX}{i}": structure.unflatten(b) for i, b in enumerate(blocks)}
+        return rest | {
+            f"{PREFIX}{i}": jax.tree.unflatten(structure, b) for i, b in enumerate(blocks)
+        }
 
     return _where(tree, STACKED, cut)
 

@@ -14,14 +14,15 @@ from clu import parameter_overview
 from clu.metrics import Average
 from ml_collections import ConfigDict
 
-from shortcut_jax import averages as averages_lib
 from shortcut_jax import (
     accumulation,
     checkpoint,
+    distributed,
     evaluation,
     evaluation_report,
     pairs,
     parameters,
+    preemption,
     pretrained,
     rng,
     run,
@@ -30,6 +31,7 @@ from shortcut_jax import (
     spaces,
     state,
 )
+from shortcut_jax import averages as averages_lib
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
@@ -142,6 +144,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     Raises:
       UserError: anything the user can fix, before any device work where it can be known.
+      preemption.Preempted: SIGTERM came; what was done is saved.
     """
 
     ##################################################################################
@@ -153,10 +156,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     setup = run.prepare(config, measures=config.eval.every > 0)
     objective, network, mesh = setup.objective, setup.network, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
-    with clock.phase("start"):
+    with clock.phase("start"), distributed.together():
         train_data, images = run.open_data(setup)
         run.claim_workdir(config, workdir)
-        checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    run.check_shared(workdir, train_data)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
     if objective.teacher == "pairs":
         assert origins.teacher is not None  # `pretrained.find` has refused a config without one
         with clock.phase("pairs"):
@@ -199,6 +203,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         ways_to_sample = evaluation.cells(setup, evaluation.Grid(config.eval.steps_in_loop))
 
     start = checkpoints.latest()
+    unevaluated = False  # the checkpoint was saved in haste, before an evaluation that was due
     if start is None:
         train_state = jax.jit(init_with_metrics, out_shardings=state_sharding)()
         train_state = pretrained.start_from(origins, train_state, state_sharding)
@@ -209,6 +214,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             shapes = checkpoint.with_shardings(state_shape, state_sharding)
             train_state = TrainState(**checkpoints.restore(start, _fields(shapes)))
             clock.load_state_dict(meta["clock"])
+            unevaluated = meta.get("unevaluated", False)
         logging.info("Resumed from step %d of %s.", start, workdir)
     if jax.process_index() == 0:
         logging.info("\n%s", parameter_overview.get_parameter_overview(train_state.params))
@@ -231,7 +237,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
 
     ##################################################################################
-    #  Loop. Do not change the order: evaluate -> save -> next batch -> step -> log.
+    #  Loop. Do not change the order: evaluate -> save (-> leave) -> next batch -> step -> log.
     #  Evaluating and saving see the same, old parameters, and no batch is drawn before the save:
     #  a run resumed from that save does what the uninterrupted one did next.
     ##################################################################################
@@ -256,19 +262,21 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         write=jax.process_index() == 0,
         restart_step=start,
     )
-    with batches, logger:
+    with batches, logger, preemption.Notice() as notice:
         for step in range(first, config.total_steps + 1):
             new = step > first  # nothing is due twice after a resume
             last = step == config.total_steps
+            leave = notice.reached(step)
+            evaluate = config.eval.every and step % config.eval.every == 0 and (new or unevaluated)
 
-            if new and config.eval.every and step % config.eval.every == 0:
+            if evaluate and not leave:
                 jax.block_until_ready(train_state)
                 with clock.phase("evaluate"):
                     params = parameters.of(train_state, config.eval.params)
                     results = evaluator.run(params, step, ways_to_sample)
                     evaluation_report.report(workdir, results, logger)
 
-            save = last or step % config.checkpoint.every == 0
+            save = last or leave or step % config.checkpoint.every == 0
             if new and (save or stored.due(step)):
                 jax.block_until_ready(train_state)
                 _check_finite(_averages(train_state), step, config, checkpoints)
@@ -277,7 +285,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                     if save:
                         position = run.data_position(config, train_data, step)
                         meta = run.checkpoint_meta(config, position, clock.state_dict())
+                        meta["unevaluated"] = bool(evaluate and leave)
                         checkpoints.save(step, _fields(train_state), meta)
+            if leave and (evaluate or not last):
+                stored.close()
+                checkpoints.close()
+                raise preemption.Preempted(f"asked to leave at step {step} of {workdir}")
             if last:
                 break
 
@@ -290,6 +303,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             if (step + 1) % config.log.every == 0:
                 averages = _averages(train_state)
                 _check_finite(averages, step + 1, config, checkpoints)
+                checkpoints.check()
                 logger.scalars(step + 1, averages, clock.tick(step + 1))
 
         with clock.phase("checkpoint"):

@@ -14,10 +14,12 @@ from shortcut_jax import (
     cli,
     config_flag,
     data,
+    distributed,
     evaluation,
     evaluation_report,
     image_sets,
     metrics,
+    preemption,
     run,
     sample_files,
     workdir_flag,
@@ -37,15 +39,14 @@ FLAGS = flags.FLAGS
 
 def run_() -> None:
     """Samples from one checkpoint, measures, and writes results, pictures and samples."""
+    preemption.heed_no_longer()
     setup, workdir, grid = _prepare()
     out = _sample_path("save_samples", FLAGS.save_samples) if FLAGS.save_samples else None
     step = _checkpoint_step(setup, workdir)
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
-    _check_writable(workdir)
-    if out:
-        cli.check_writable("--save_samples", out.parent)
+    _check_writable(workdir, **({"save_samples": out.parent} if out else {}))
     sink = _sinks(setup, out, grid) if out else None
     _print_found(workdir, evaluation.evaluate_checkpoint(setup, workdir, step, grid, sink))
 
@@ -57,13 +58,13 @@ def sample() -> None:
     out = _sample_path("out", FLAGS.out)
     quantise_as = config_flag.CONFIG.value.eval.to_dict()  # before the metrics are dropped
     config_flag.CONFIG.value.eval.metrics = ()
+    preemption.heed_no_longer()
     setup, workdir, grid = _prepare()
     step = _checkpoint_step(setup, workdir)
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
-    _check_writable(workdir)
-    cli.check_writable("--out", out.parent)
+    _check_writable(workdir, out=out.parent)
     sink = _sinks(setup, out, grid, quantise_as)
     found = evaluation.evaluate_checkpoint(setup, workdir, step, grid, sink)
     evaluation_report.report(workdir, found)
@@ -73,6 +74,7 @@ def sample() -> None:
 
 def follow() -> None:
     """Evaluates checkpoints of a run as they appear, until the run has ended."""
+    preemption.heed_no_longer()
     setup, workdir, grid = _prepare(wait=True)
     if FLAGS.dry_run:
         print(run.summary(setup))
@@ -82,6 +84,8 @@ def follow() -> None:
     while True:
         ended = run.finished_step(workdir)  # before looking: what it names is there by now
         steps = [step for step in _steps(workdir) if not _followed(setup, workdir, step).exists()]
+        # Others may have looked a moment later.
+        ended, steps = distributed.gather([ended, steps])[0]
         for step in steps:
             try:
                 found = evaluation.evaluate_checkpoint(setup, workdir, step, grid)
@@ -141,7 +145,9 @@ def _numbers(name: str, kind: Callable[[str], Any]) -> list[Any]:
 
 def _checkpoint_step(setup: run.Setup, workdir: str) -> int:
     keep = setup.config.checkpoint.keep
-    return checkpoint.Checkpoints(workdir, keep=keep, read_only=True).choose(FLAGS.step, "--step")
+    step = checkpoint.Checkpoints(workdir, keep=keep, read_only=True).choose(FLAGS.step, "--step")
+    distributed.agree({"checkpoint": step})
+    return step
 
 
 def _steps(workdir: str) -> list[int]:
@@ -163,9 +169,13 @@ def _print_plan(setup: run.Setup, workdir: str, grid: Grid, step: int) -> None:
     print(f"of the parameters    {', '.join(grid.params or (setup.config.eval.params,))}")
 
 
-def _check_writable(workdir: str) -> None:
-    if jax.process_index() == 0:
-        cli.check_writable("--workdir", Path(workdir) / "eval")
+def _check_writable(workdir: str, **others: Path) -> None:
+    """Of process 0, which writes; also the folders that other flags name."""
+    with distributed.together():
+        if jax.process_index() == 0:
+            cli.check_writable("--workdir", Path(workdir) / "eval")
+            for flag, folder in others.items():
+                cli.check_writable(f"--{flag}", folder)
 
 
 def _sample_path(flag: str, value: str) -> Path:
