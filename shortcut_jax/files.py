@@ -21,6 +21,14 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes of this machine left of `write_atomically` in a folder."""
+    for path in folder.glob("*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in a file.
 

@@ -31,7 +31,7 @@ from shortcut_jax import (
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import read_json, write_atomically
+from shortcut_jax.files import read_json, remove_leftovers, write_atomically
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
@@ -158,6 +158,8 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (path.parent, path.parent / "eval"):
+                remove_leftovers(folder)
             write_atomically(path, json.dumps(flat, indent=1, sort_keys=True).encode())
         except OSError as error:
             raise UserError(

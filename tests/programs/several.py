@@ -1,0 +1,77 @@
+"""One of several processes that find each other and agree: for tests/test_distributed.py.
+
+python -m tests.programs.several OUT --config=FILE ... does in turn what a run does together, and
+leaves as a preempted one does:
+
+  gathers and agrees; one process fails alone, and all hear of it
+  saves a checkpoint in OUT/checkpoints from a mesh over all devices, and reads it back
+  process 1 is sent SIGTERM, twice, and all leave at the same step, which OUT/left_P says
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from shortcut_jax import checkpoint, config_flag, distributed, preemption, sharding
+from shortcut_jax.errors import UserError
+from tests.programs.restore_on_meshes import make_state, place
+
+META = {"config": {}, "data": {"next_step": 3}, "clock": {}}
+
+
+def agree() -> None:
+    index, count = jax.process_index(), jax.process_count()
+    assert distributed.gather({"i": index, "long": "x" * 5000 * index}) == [
+        {"i": i, "long": "x" * 5000 * i} for i in range(count)
+    ]
+    distributed.agree({"same": [1, 2]})
+    try:
+        with distributed.together():
+            if index == count - 1:
+                raise UserError("this host has no disk.")
+        raise AssertionError("one failed and nobody heard")
+    except UserError as error:
+        assert "this host has no disk." in str(error)
+
+
+def save(out: Path) -> None:
+    shardings = place(sharding.make_mesh(1, jax.device_count()))
+    shapes = checkpoint.with_shardings(jax.eval_shape(make_state), shardings)
+    state = jax.jit(make_state, out_shardings=shardings)()
+    checkpoints = checkpoint.Checkpoints(out, keep=1)
+    checkpoints.save(3, state, META)
+    checkpoints.wait()
+    found = checkpoints.restore(3, shapes)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(sharding.to_host(a), sharding.to_host(b)),
+        found, state,
+    )  # fmt: skip
+    checkpoints.close()
+
+
+def leave(out: Path) -> None:
+    with preemption.Notice() as notice:
+        for step in range(1000):
+            if notice.reached(step):
+                (out / f"left_{jax.process_index()}").write_text(str(step))
+                raise preemption.Preempted(f"asked to leave at step {step}")
+            if jax.process_index() == 1 and step in (3, 4):
+                os.kill(os.getpid(), signal.SIGTERM)
+            distributed.gather(step)
+            time.sleep(0.01)
+
+
+def main() -> None:
+    agree()
+    save(OUT)
+    leave(OUT)
+
+
+if __name__ == "__main__":
+    OUT = Path(sys.argv.pop(1))
+    config_flag.main(main)
