@@ -8,6 +8,7 @@ mesh, for evaluation. Checksums of all arrays are saved beside them and compared
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises UserError if a save that was begun has failed meanwhile; does not wait."""
-        with self._failing():
-            self._manager.check_for_errors()
+        # (The manager's own `check_for_errors` knows nothing of a save that has ended.)
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def drop_after(self, step: int) -> list[int]:
         """Removes those of later steps; returns which these were."""
@@ -204,8 +206,8 @@ class Checkpoints:
             convert = layers.unstack if scanned else layers.stack
             placed = jax.tree.map(lambda a: a.sharding, dict(shapes))
             return jax.jit(lambda tree: convert(tree), out_shardings=placed)(found)
-        # What orbax and tensorstore raise for damaged files is not documented.
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        # What orbax and tensorstore raise for damaged files is not documented, and much.
+        except Exception as error:
             raise self._unreadable(step, str(error)) from error
 
     def wait(self) -> None:
@@ -224,17 +226,17 @@ class Checkpoints:
             yield
         # What orbax and tensorstore raise for full or absent disks is not documented.
         except (OSError, ValueError, RuntimeError) as error:
-            first_line = " ".join(str(error).split())[:300]
             steps = self.steps()
             kept = f"the newest whole one is {steps[-1]}" if steps else "none was saved before"
             raise UserError(
-                f"a checkpoint could not be written to {self.directory} ({first_line}), {kept}; "
-                "expected room and permission: make room or mend the disk, and start again to "
-                "continue from there."
+                f"a checkpoint could not be written to {self.directory} ({_shortened(error)}), "
+                f"{kept}; expected room and permission: make room or mend the disk, and start "
+                "again to continue from there."
             ) from error
 
     def _reader(self) -> ocp.Checkpointer:
-        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        # Host memory: what is read, and at most this much on its way to the devices.
+        return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1))
 
     def _unreadable(self, step: int, found: str) -> UserError:
         others = [s for s in self.steps() if s != step]
@@ -243,10 +245,9 @@ class Checkpoints:
             if others
             else "move that directory away to start again, or restore it from a copy"
         )
-        first_line = " ".join(found.split())[:300]
         return UserError(
-            f"{self._noun} {self.directory / str(step)} cannot be read ({first_line}); expected a "
-            f"whole {self._noun} of this run: {fix}."
+            f"{self._noun} {self.directory / str(step)} cannot be read ({_shortened(found)}); "
+            f"expected a whole {self._noun} of this run: {fix}."
         )
 
     def _report_unfinished(self) -> None:
@@ -258,6 +259,13 @@ class Checkpoints:
                 self._noun.capitalize(),
                 path.name.partition(".")[0],
             )
+
+
+def _shortened(error: BaseException | str) -> str:
+    """One line; what tensorstore says of a failed system call is long and gives its number last."""
+    line = " ".join(str(error).split())
+    number = re.search(r"os_error_code='(\d+)'", line)
+    return f"{os.strerror(int(number[1]))}: {line[:200]}" if number else line[:300]
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:

@@ -3,12 +3,17 @@
 import contextlib
 import json
 import logging
+import resource
 import shutil
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import digits
 from shortcut_jax import checkpoint, data, run
@@ -36,14 +41,18 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A workdir with the checkpoints 3 and 6, which differ."""
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+def save_two(workdir):
+    checkpoints = checkpoint.Checkpoints(workdir, keep=3)
     checkpoints.save(3, make_state(1.0), META)
     checkpoints.save(6, make_state(2.0), META)
     checkpoints.close()
-    return tmp_path
+    return workdir
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with the checkpoints 3 and 6, which differ."""
+    return save_two(tmp_path)
 
 
 @pytest.fixture
@@ -183,6 +192,132 @@ def test_an_array_that_is_not_there_is_refused(saved, reopen):
     shapes["params"]["gate"] = shapes["params"]["kernel"]
     with pytest.raises(UserError, match="checkpoints/6 cannot be read"):
         reopen(saved).restore(6, shapes)
+
+
+@pytest.fixture(scope="module")
+def two_to_damage(tmp_path_factory):
+    return save_two(tmp_path_factory.mktemp("damaged"))
+
+
+def files_of(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_flipped_bit_changes_nothing_unseen(two_to_damage, data):
+    folder = two_to_damage
+    path = data.draw(st.sampled_from(files_of(folder / "checkpoints" / "6")))
+    content = path.read_bytes()
+    place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    flipped = bytearray(content)
+    flipped[place] ^= 1 << bit
+    path.write_bytes(flipped)
+    checkpoints = checkpoint.Checkpoints(folder, keep=3, read_only=True)
+    try:
+        assert checkpoints.meta(6) == META
+        assert_same(checkpoints.restore(6, shapes_of(make_state())), make_state(2.0))
+    except UserError as error:
+        assert str(folder / "checkpoints" / "6") in str(error)
+        assert "continue from step 3" in str(error)
+    finally:
+        checkpoints.close()
+        path.write_bytes(content)
+
+
+def test_a_wrong_value_that_orbax_reads_is_named(saved, reopen, monkeypatch):
+    reader = checkpoint.Checkpoints._reader
+
+    class Wrong:
+        def restore(self, *args, **kwargs):
+            found = reader(None).restore(*args, **kwargs)
+            found["ema"]["bias"] = found["ema"]["bias"].at[2].add(2**-20)
+            return found
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_reader", lambda self: Wrong())
+    with pytest.raises(UserError) as error:
+        reopen(saved).restore(6, shapes_of(make_state()))
+    assert "checkpoints/6" in str(error.value) and "state/ema/bias is damaged" in str(error.value)
+    assert "continue from step 3" in str(error.value)
+
+
+def test_a_wrong_value_in_the_meta_is_seen(saved, reopen):
+    path = saved / "checkpoints" / "6" / "meta" / "metadata"
+    path.write_text(path.read_text().replace("1.5", "2.5"))
+    with pytest.raises(UserError, match="checkpoints/6 cannot be read.*checksum"):
+        reopen(saved).meta(6)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums(saved, reopen):
+    path = saved / "checkpoints" / "6" / "meta" / "metadata"
+    path.write_text(json.dumps(META))
+    assert reopen(saved).meta(6) == META
+    assert_same(reopen(saved).restore(6, shapes_of(make_state())), make_state(2.0))
+
+
+# ------------------------------------------------------------------ what cannot be written
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """What a full disk does: every write beyond it fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def large_state():
+    noise = jax.random.normal(jax.random.key(0), (4, 2**18))  # 1 MiB each, not compressible
+    return {"params": noise[0], "ema": noise[1], "opt_state": {"mu": noise[2], "nu": noise[3]}}
+
+
+@pytest.mark.parametrize("ask", ["wait", "check", "save", "close"])
+def test_a_save_that_fails_in_the_background_stops_the_run(tmp_path, ask):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    checkpoints.save(3, large_state(), META)
+    checkpoints.wait()
+    with pytest.raises(UserError) as error, files_of_at_most(2**19):
+        checkpoints.save(6, large_state(), META)
+        if ask == "check":
+            for _ in range(500):
+                checkpoints.check()
+                time.sleep(0.02)
+        elif ask == "save":
+            checkpoints.save(9, large_state(), META)
+        else:
+            getattr(checkpoints, ask)()
+    assert "could not be written" in str(error.value) and "File too large" in str(error.value)
+    assert "the newest whole one is 3" in str(error.value)
+
+    # Where there is room again, the run goes on from there, and nothing of the failed one is used.
+    again = checkpoint.Checkpoints(tmp_path, keep=3)
+    assert again.steps() == [3]
+    again.save(6, large_state(), META)
+    again.close()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6"}
+
+
+def test_a_step_that_is_not_newer_is_refused(saved, reopen):
+    with pytest.raises(UserError, match="checkpoint 5 was not written.* the later 6"):
+        reopen(saved).save(5, make_state(), META)
+
+
+def test_the_ema_is_read_alone(tmp_path, reopen):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=3)
+    checkpoints.save(3, large_state(), META)
+    checkpoints.close()
+
+    def bytes_read():
+        return int(Path("/proc/self/io").read_text().split()[1])  # of all threads
+
+    checkpoints, shapes = reopen(tmp_path, read_only=True), shapes_of(large_state())
+    before = bytes_read()
+    found = checkpoints.restore(3, {"ema": shapes["ema"]})
+    assert bytes_read() - before < 1.2 * 2**20  # of 4 MiB
+    assert_same(found, {"ema": large_state()["ema"]})
 
 
 # ------------------------------------------------------------------ of another run or other data
