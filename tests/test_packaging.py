@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = sorted((ROOT / "constraints").glob("*.txt"))
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.s[hb]*"), ROOT / ".ci" / "run"])
 FORBIDDEN = {"keras", "tensorflow", "tensorflow-cpu", "tf-nightly", "torch", "torchvision"}
 
 
