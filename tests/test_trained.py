@@ -266,7 +266,7 @@ def test_runs_that_cannot_be_loaded(tmp_path):
     save_run(tmp_path, small("shortcut"), steps=(4, 8))
     with pytest.raises(UserError, match=r"step=5 .* 4, 8"):
         sampling.load(tmp_path, step=5)
-    with pytest.raises(UserError, match=r"params='best' .* ema or online"):
+    with pytest.raises(UserError, match=r"params='best' .* ema, online, ema_RATE"):
         sampling.load(tmp_path, params="best")
 
 
