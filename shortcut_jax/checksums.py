@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Odd numbers modulo 2^32 have inverses: whatever changes one element changes the sum.
+# Of the axes: an element's place is the sum of its indices times these.
 _WEIGHTS = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0x2545F491, 0x632BE5AB)
 
 
@@ -41,9 +41,10 @@ def _checksums(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _checksum(a: jax.Array) -> jax.Array:
-    """Sum of the bits of every element times an odd number that its place decides, mod 2^32.
+    """Sum of the bits of every element, mixed with its place, mod 2^32.
 
-    Integers add up to the same in any order, so in any sharding.
+    Integers add up to the same in any order, so in any sharding. Every step of the mixing (it is
+    MurmurHash3's last one) has an inverse: whatever changes one element changes the sum.
     """
     if a.dtype == jnp.bool_:
         a = a.astype(jnp.uint8)
@@ -52,4 +53,7 @@ def _checksum(a: jax.Array) -> jax.Array:
     place = jnp.zeros(a.shape, jnp.uint32)
     for axis, weight in zip(range(a.ndim), _WEIGHTS, strict=False):
         place += jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis) * np.uint32(weight)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    mixed = bits ^ place
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
