@@ -1,4 +1,5 @@
-"""Measures how fast parts of shortcut_jax are here; docs/data.md, docs/autoencoder.md.
+"""Measures how fast parts of shortcut_jax are here; docs/data.md, docs/autoencoder.md,
+docs/metrics_speed.md.
 
 python -m shortcut_jax.benchmark --parts=data,vae --out=benchmark.json
 taskset -c 1 python -m shortcut_jax.benchmark --parts=data --tf_python=/envs/tf/bin/python
@@ -32,10 +33,21 @@ TF_PYTHON = flags.DEFINE_string(
     "tf_python", "", "Python of an environment with TensorFlow: compares data with tf.data there."
 )
 TORCH_PYTHON = flags.DEFINE_string(
-    "torch_python", "", "Python of an environment with diffusers: compares vae with it there."
+    "torch_python",
+    "",
+    "Python of an environment with diffusers or torch-fidelity: compares vae or metrics there.",
 )
 
-PACKAGES = ("jax", "jaxlib", "numpy", "pillow", "array-record", "grain", "tensorflow-datasets")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "scipy",
+    "pillow",
+    "array-record",
+    "grain",
+    "tensorflow-datasets",
+)
 
 
 def main() -> None:

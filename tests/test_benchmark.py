@@ -36,6 +36,9 @@ def test_numbers_are_finite_positive_and_within_their_spread(measured):
         *(f"data/jpeg/{name}/workers" for name in ("adm", "authors")),
         *(f"data/latents/{name}" for name in ("read", "drawn", "read_and_drawn")),
         *("vae/encode", "vae/decode"),
+        *(f"metrics/{name}" for name in ("inception", "moments", "moments: share of inception")),
+        *(f"metrics/distance/{name}" for name in ("ours", "scipy")),
+        "metrics/distance: ours / scipy",
     }
     for found in content["measurements"]:
         low, high = found["spread"]
@@ -60,7 +63,7 @@ def test_the_table_has_every_number_and_the_file_the_machine(measured):
 def test_an_unknown_part_is_a_sentence(run_python, tmp_path):
     done = run_python([*COMMAND, "--parts=data,nothing", f"--out={tmp_path / 'a.json'}"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert_sentence(done.stderr.splitlines()[-1], ("'nothing'", "data, vae"))
+    assert_sentence(done.stderr.splitlines()[-1], ("'nothing'", "data, vae, metrics"))
     assert done.stdout == "" and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="is empty"):
         benchmark.check_parts([])
@@ -152,12 +155,13 @@ def test_a_python_that_is_not_there_is_a_sentence(tmp_path):
     assert_sentence(str(error.value), ("--torch_python=", "cannot be started"))
 
 
-@pytest.mark.parametrize("name", ["tf_data", "diffusers_vae"])
+@pytest.mark.parametrize("name", ["tf_data", "diffusers_vae", "torch_fidelity_features"])
 def test_scripts_import_their_libraries_only_when_they_run(run_python, name):
     code = f"""
 import sys
 sys.path.insert(0, {str(FOLDER)!r})
 import {name}
-assert not {{"tensorflow", "torch", "diffusers", "jax", "shortcut_jax"}} & set(sys.modules)
+libraries = {{"tensorflow", "torch", "diffusers", "torch_fidelity", "jax", "shortcut_jax"}}
+assert not libraries & set(sys.modules)
 """
     assert run_python(["-c", code]).returncode == 0

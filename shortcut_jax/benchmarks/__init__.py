@@ -12,6 +12,7 @@ from typing import Any
 PARTS = {
     "data": "shortcut_jax.benchmarks.data",
     "vae": "shortcut_jax.benchmarks.vae",
+    "metrics": "shortcut_jax.benchmarks.metrics",
 }
 
 

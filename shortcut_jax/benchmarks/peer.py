@@ -18,6 +18,18 @@ from shortcut_jax.errors import UserError
 FOLDER = Path(__file__).with_name("peers")
 
 
+def check_backend(torch_python: str) -> None:
+    """Raises UserError if there is a --torch_python, which works on a CPU, and jax does not."""
+    import jax
+
+    if torch_python and jax.default_backend() != "cpu":
+        raise UserError(
+            f"--torch_python={torch_python} compares on a CPU, and jax runs on "
+            f"{jax.default_backend()}; expected a CPU on both sides: set JAX_PLATFORMS=cpu, or "
+            "leave the flag out."
+        )
+
+
 class Peer:
     """A program of `peers/`; to be used with `with`, which ends it.
 
@@ -103,6 +115,6 @@ class Peer:
         last = self._errors.read().strip().splitlines()[-1:] or ["without a word"]
         raise UserError(
             f"{self._said}: the program to compare with has ended ({last[0]}); expected an "
-            "environment with what it imports, see docs/data.md and docs/autoencoder.md: install "
-            "that there, or leave the flag out."
+            "environment with what it imports, see docs/data.md, docs/autoencoder.md and "
+            "docs/metrics_speed.md: install that there, or leave the flag out."
         )

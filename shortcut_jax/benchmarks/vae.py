@@ -11,9 +11,8 @@ import numpy as np
 
 from shortcut_jax import autoencoder_weights
 from shortcut_jax.benchmarks import Measurement, Options, timing
-from shortcut_jax.benchmarks.peer import Peer
+from shortcut_jax.benchmarks.peer import Peer, check_backend
 from shortcut_jax.benchmarks.timing import Took
-from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
 
 
@@ -21,12 +20,7 @@ def measure(options: Options) -> Iterator[Measurement]:
     """Images per second, float32, weights drawn at random."""
     kind, size = ("tiny", 32) if options.small else ("sd", 256)
     on_cpu = jax.default_backend() == "cpu"
-    if options.torch_python and not on_cpu:
-        raise UserError(
-            f"--torch_python={options.torch_python} compares on a CPU, and jax runs on "
-            f"{jax.default_backend()}; expected a CPU on both sides: set JAX_PLATFORMS=cpu, or "
-            "leave the flag out."
-        )
+    check_backend(options.torch_python)
     batch_size = 1 if on_cpu else 16
     architecture = autoencoder.ARCHITECTURES[kind]
     conditions = {"autoencoder": kind, "image_size": size, "batch_size": batch_size}
