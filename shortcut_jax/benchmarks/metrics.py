@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from shortcut_jax import metrics
 from shortcut_jax.benchmarks import Measurement, Options, summarize, timing
 from shortcut_jax.benchmarks.peer import Peer, check_backend
 from shortcut_jax.benchmarks.timing import Took
-from shortcut_jax.metrics import Moments, fid, frechet_distance, inception, inception_weights
+from shortcut_jax.metrics import fid, inception, inception_weights
+from shortcut_jax.metrics.extractor import Extractor
+from shortcut_jax.metrics.frechet import frechet_distance
+from shortcut_jax.metrics.summaries import Moments
 
 BATCHES = 16
 
@@ -28,38 +32,50 @@ def measure(options: Options) -> Iterator[Measurement]:
 
 
 def _features(options: Options) -> Iterator[Measurement]:
-    size, batch = (32, 1) if options.small else (256, fid.BATCH)
-    weights = inception_weights.load(inception.weight_shapes(), inception_weights.RANDOM)
-    devices = jax.local_devices()
-    extractor = fid.build_extractor(weights, "tensorflow", batch, devices)
-    shape = (extractor.batch, size, size, 3)
+    extractor = _extractor(options)
+    side = 256 if extractor.image_shape[0] is None else extractor.image_shape[0]
+    shape = (extractor.batch, side, side, extractor.image_shape[2])
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     contenders = {
-        "inception": lambda: timing.timed(lambda: len(extractor.features(images))),
-        "moments": _moments(inception.FEATURE_DIM, extractor.batch),
+        "features": lambda: timing.timed(lambda: len(extractor.features(images))),
+        "moments": _moments(extractor.feature_dim, extractor.batch),
     }
-    conditions: dict[str, Any] = {"image_size": size, "batch_size": extractor.batch}
+    conditions: dict[str, Any] = {"extractor": extractor.name, "image_size": side}
+    conditions["batch_size"] = extractor.batch
     with contextlib.ExitStack() as stack:
         if options.torch_python:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark."))
-            path = Path(scratch) / "weights.npz"
-            np.savez(path, **weights.arrays)  # type: ignore[arg-type]  # names are no options
-            arguments = {"weights": str(path), "image_size": size, "batch_size": extractor.batch}
-            arguments |= {"threads": len(os.sched_getaffinity(0))}
-            peer = Peer(
-                "torch_python", options.torch_python, "torch_fidelity_features.py", arguments
-            )
-            stack.enter_context(peer)
+            peer = stack.enter_context(_peer(options.torch_python, shape))
             conditions |= peer.versions
-            contenders["inception/torch_fidelity"] = functools.partial(peer.run, "features")
+            contenders["features/torch_fidelity"] = functools.partial(peer.run, "features")
         found = timing.rounds(contenders, options.repeats)
     for name, took in found.items():
         yield from timing.rates(f"metrics/{name}", took, "images", conditions)
-    yield _share(found["moments"], found["inception"], conditions)
+    yield _share(found["moments"], found["features"], conditions)
     if options.torch_python:
-        theirs = found["inception/torch_fidelity"]
-        name = "metrics/inception: ours / torch_fidelity"
-        yield timing.ratio(name, found["inception"], theirs, conditions)
+        theirs = found["features/torch_fidelity"]
+        name = "metrics/features: ours / torch_fidelity"
+        yield timing.ratio(name, found["features"], theirs, conditions)
+
+
+def _extractor(options: Options) -> Extractor:
+    """Inception. It takes long to compile: in small, with nothing to compare, a classifier."""
+    if options.small and not options.torch_python:
+        return metrics.load_extractor("fd_digits")
+    weights = inception_weights.load(inception.weight_shapes(), inception_weights.RANDOM)
+    batch = 1 if options.small else fid.BATCH
+    return fid.build_extractor(weights, "tensorflow", batch, jax.local_devices())
+
+
+@contextlib.contextmanager
+def _peer(python: str, shape: tuple[int, ...]) -> Iterator[Peer]:
+    weights = inception_weights.load(inception.weight_shapes(), inception_weights.RANDOM)
+    with tempfile.TemporaryDirectory(prefix="benchmark.") as scratch:
+        path = Path(scratch) / "weights.npz"
+        np.savez(path, **weights.arrays)  # type: ignore[arg-type]  # no array is an option
+        arguments = {"weights": str(path), "image_size": shape[1], "batch_size": shape[0]}
+        arguments |= {"threads": len(os.sched_getaffinity(0))}
+        with Peer("torch_python", python, "torch_fidelity_features.py", arguments) as peer:
+            yield peer
 
 
 def _moments(width: int, batch: int) -> Callable[[], Took]:
@@ -75,7 +91,7 @@ def _moments(width: int, batch: int) -> Callable[[], Took]:
     return lambda: timing.timed(work)
 
 
-def _share(moments: list[Took], inception: list[Took], conditions: dict[str, Any]) -> Measurement:
+def _share(moments: list[Took], features: list[Took], conditions: dict[str, Any]) -> Measurement:
     """Time that an image's features take to add, of the time they take to find."""
     # An accelerator works on features while no CPU does.
     kind = "cpu" if jax.default_backend() == "cpu" else "wall"
@@ -83,8 +99,8 @@ def _share(moments: list[Took], inception: list[Took], conditions: dict[str, Any
     def each(took: Took) -> float:
         return getattr(took, kind) / took.count
 
-    shares = [each(a) / each(b) for a, b in zip(moments, inception, strict=True)]
-    return summarize("metrics/moments: share of inception", shares, f"of {kind} time", conditions)
+    shares = [each(a) / each(b) for a, b in zip(moments, features, strict=True)]
+    return summarize("metrics/moments: share of features", shares, f"of {kind} time", conditions)
 
 
 def _distance(options: Options) -> Iterator[Measurement]:
