@@ -90,13 +90,18 @@ def test_every_way_to_compute_a_step_trains_the_same(trained_in_all_ways, way):
 # ------------------------------------------------------------------ a share of the memory
 
 
+PARTS = ("params/", "ema/", "opt_state/", "averages/ema_0.5/", "averages/power_0.1/")
+
+
 def shares(trained, mesh):
-    """name -> shape, bytes and bytes on each device, of parameters, EMA and optimizer state."""
+    """name -> shape, bytes and bytes on each device, of parameters, averages, optimizer state."""
     arrays = json.loads((trained / f"{mesh}.json").read_text())
-    return {k: v for k, v in arrays.items() if k.startswith(("params/", "ema/", "opt_state/"))}
+    return {k: v for k, v in arrays.items() if k.startswith(PARTS)}
 
 
 def assert_shared(arrays, fsdp):
+    for part in PARTS:
+        assert any(name.startswith(part) for name in arrays)
     for name, array in arrays.items():
         in_layer = array["shape"][1:] if "/blocks/" in name else array["shape"]
         splits = any(size % fsdp == 0 for size in in_layer)

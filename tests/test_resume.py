@@ -13,7 +13,8 @@ import pytest
 PROGRAM = "tests.programs.recorded_main"
 
 # Checkpoint 4 lies within a logging interval (3..6) and within an epoch; batch 7 crosses into the
-# next one (1797 rows). The process dies at step 7: after the log line of step 6, before save 8.
+# next one (1797 rows). The process dies at step 7: after the log line and the snapshot of step 6,
+# before save 8.
 TOTAL, SAVED, KILLED = 12, 4, 7
 FLAGS = (
     "--config=configs/digits.py:small",
@@ -23,6 +24,9 @@ FLAGS = (
     "--config.checkpoint.every=4",
     "--config.log.every=3",
     "--config.log.tensorboard=False",
+    "--config.averages.rates=(0.9,)",
+    "--config.averages.power=(0.05,0.1)",
+    "--config.averages.snapshot_every=3",
     "--config.eval.every=0",  # tests/test_entry_points.py evaluates
     "--config.optimizer.lr=1e-3",
 )
@@ -100,10 +104,10 @@ def read_batches(workdir):
     return [(int(step), digest) for step, digest in map(str.split, lines)]
 
 
-def read_state(workdir, step):
+def read_state(workdir, step, folder="checkpoints"):
     """Every array of a checkpoint as numpy, by path; independent of how the run reads it."""
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    path = workdir / "checkpoints" / str(step) / "state"
+    path = workdir / folder / str(step) / "state"
     arrays = reader.metadata(path).item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), arrays)
     tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -131,12 +135,29 @@ def test_state_is_bit_identical(runs, mesh):
     assert f"Resumed from step {SAVED}" in log
     assert_same_arrays(one, read_state(workdir, TOTAL))
     assert one["step"] == TOTAL
-    for part in ("params/", "ema/", "opt_state/", "metrics/"):
+    averages = [f"averages/{name}/" for name in ("ema_0.9", "power_0.05", "power_0.1")]
+    for part in ("params/", "ema/", "opt_state/", "metrics/", *averages):
         assert any(name.startswith(part) for name in one)
     # A run that does not train would pass all of the above.
     before = read_state(workdir, SAVED)
     still = {name for name in one if np.array_equal(one[name], before[name])}
-    assert not any(name.startswith(("params/", "ema/")) for name in still)
+    assert not any(name.startswith(("params/", "ema/", "averages/")) for name in still)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_snapshots_are_bit_identical(runs, mesh):
+    """None is lost or doubled, though the killed process had one that is later than its save."""
+    one, (workdir, _, log) = runs.uninterrupted(mesh), runs.resumed(mesh)
+    assert "Dropped the snapshots [6]" in log
+    for step in (3, 6, 9, 12):
+        found = read_state(workdir, step, "snapshots")
+        assert_same_arrays(read_state(one, step, "snapshots"), found)
+        parts = {name.split("/")[1] for name in found}
+        assert parts == {"power_0.05", "power_0.1"}
+    for run in (one, workdir):
+        assert {p.name for p in (run / "snapshots").iterdir()} == {"3", "6", "9", "12"}
+    last = read_state(workdir, TOTAL)  # of step 12, as the snapshot
+    assert_same_arrays({name: last[name] for name in found}, found)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -215,7 +236,7 @@ def test_each_mesh_resumes_what_another_saved(runs):
     a, b = read_state(expected, TOTAL), read_state(workdir, TOTAL)
     assert a.keys() == b.keys()
     for name in a:
-        if name.startswith(("params/", "ema/")):
+        if name.startswith(("params/", "ema/", "averages/")):
             np.testing.assert_allclose(b[name], a[name], rtol=0, atol=PARAMS_ATOL, err_msg=name)
     lines = (read_lines(w / "metrics.jsonl") for w in (workdir, expected))
     for found, wanted in zip(*lines, strict=True):

@@ -155,6 +155,8 @@ WRONG = [
     (["--interpolate=4", "--num=3"], ("--interpolate=4", "--num")),
     (["--interpolate=4", "--labels=11"], ("--labels=[11]", "0 to 9")),
     (["--step=5"], ("step=5", "4, 8")),
+    (["--params=best"], ("params='best'", "ema, online, ema_RATE")),
+    (["--params=power_0.1"], ("params=power_0.1", "one of ema, online:", "averages.power")),
     (["--workdir=/nowhere"], ("/nowhere/config.json",)),
     (["--workdir="], ("--workdir is missing",)),
     (["--out={}/s.gif"], ("--out=", "s.gif", ".png", ".npz")),

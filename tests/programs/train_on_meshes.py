@@ -24,6 +24,7 @@ def small_config(data: int, fsdp: int, overrides: dict) -> ConfigDict:
     config.optimizer.update(lr=1e-3, schedule="constant", warmup_steps=0)
     config.mesh.update(data=data, fsdp=fsdp)
     config.log.update(every=1, tensorboard=False)
+    config.averages.update(rates=(0.5,), power=(0.1,))
     config.eval.every = 0
     config.update_from_flattened_dict(overrides)
     return config
@@ -42,7 +43,8 @@ def main(out: Path, specs: list[str]) -> None:
         pairs = (item.split("=") for item in overrides)
         config = small_config(data, fsdp, {key: ast.literal_eval(v) for key, v in pairs})
         state = train.train(config, out / name)
-        arrays = named_leaves(layers.unstack({"params": state.params, "ema": state.ema}))
+        parts = {"params": state.params, "ema": state.ema, "averages": state.averages}
+        arrays = named_leaves(layers.unstack(parts))
         np.savez(out / f"{name}.npz", **{k: sharding.to_host(a) for k, a in arrays.items()})
         shares = {
             name: {
