@@ -336,3 +336,16 @@ def test_snapshots_later_than_the_checkpoint_are_made_again(toy_run, tmp_path):
 def test_no_snapshots_where_none_are_asked_for(toy_run, tmp_path):
     final, _ = toy_run(tmp_path, **{"averages.snapshot_every": 0})
     assert not (tmp_path / "snapshots").exists() and sorted(final.averages) == NAMES
+
+
+def test_they_start_at_the_parameters_that_a_run_starts_from(toy_run, tmp_path):
+    first, _ = toy_run(tmp_path / "first")
+    # One step of the same batches, with buffers of their own: they are donated to it.
+    config = {"total_steps": 1, "averages.snapshot_every": 0}
+    second, _ = toy_run(tmp_path / "second", init_from=str(tmp_path / "first"), **config)
+    starts, ends = flatten_dict(first.ema), flatten_dict(second.params)
+    for key, found in flatten_dict(second.averages["ema_0.5"]).items():
+        np.testing.assert_allclose(found, (starts[key] + ends[key]) / 2, rtol=1e-6)
+        assert starts[key] != ends[key]
+    for key, found in flatten_dict(second.averages["power_0.1"]).items():
+        np.testing.assert_allclose(found, ends[key], rtol=1e-6)
