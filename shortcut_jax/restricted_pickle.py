@@ -9,6 +9,7 @@ the file.
 
 import math
 import pickle
+import pickletools
 import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any
@@ -57,6 +58,7 @@ def load(file: IO[bytes], source: str, expected: str) -> Any:
       UserError: it is no pickle, is damaged, or asks for anything else.
     """
     try:
+        refuse_memory(file)
         return plain(Unpickler(file).load())
     except Refused as error:
         raise UserError(
@@ -71,6 +73,25 @@ def load(file: IO[bytes], source: str, expected: str) -> Any:
             f"{source} cannot be read ({found}); expected {expected}: fetch it again, or give "
             "another file."
         ) from error
+
+
+def refuse_memory(file: IO[bytes]) -> None:
+    """Refuses one pickle that makes Python's reader take memory by a number in it alone.
+
+    The reader makes room for the largest number under which a pickle notes a value, or for as many
+    bytes as an array of bytes is said to have. The file is then where it was.
+
+    Raises:
+      Refused: it notes a value under a number that is larger than what it has noted before.
+      ValueError: it is no whole pickle.
+    """
+    start, noted = file.tell(), 0
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            noted += 1
+            if argument is not None and argument > noted + 256:
+                raise Refused(f"it notes a value under number {argument}")
+    file.seek(start)
 
 
 def plain(found: Any) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from shortcut_jax import restricted_pickle
 from shortcut_jax.errors import UserError
 
 _DTYPES: dict[str, Any] = {
@@ -33,6 +34,7 @@ _DTYPES: dict[str, Any] = {
     "LongStorage": np.int64,
     "ShortStorage": np.int16,
 }
+MAX_COPIES = 4  # the arrays have at most so many times the bytes of the file
 # First objects of a file of PyTorch before 1.6.
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
@@ -82,24 +84,27 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         order = folder + "byteorder"  # absent before PyTorch 2.1, which wrote little-endian
         _require(order not in archive.namelist() or archive.read(order) == b"little", "byte order")
         with archive.open(pickled) as content:
-            tensors = _Unpickler(content).load()
-        return _arrays(tensors, lambda storage: archive.read(f"{folder}data/{storage.key}"))
+            tensors, _ = _load(content)
+        return _arrays(tensors, _size(file), lambda s: archive.read(f"{folder}data/{s.key}"))
 
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     file.seek(0)
-    header = [_Unpickler(file).load() for _ in range(3)]
+    header = [_load(file)[0] for _ in range(3)]
     _require(header[:2] == [_LEGACY_MAGIC, _LEGACY_VERSION], "its first bytes")
     _require(header[2]["little_endian"] is True, "byte order")
-    unpickler = _Unpickler(file)
-    tensors = unpickler.load()
+    tensors, storages = _load(file)
     content = {}
-    for key in _Unpickler(file).load():
-        storage = unpickler.storages[key]
+    for key in _load(file)[0]:
+        storage = storages[key]
         (count,) = np.frombuffer(file.read(8), "<i8")
         _require(count == storage.count, "the length of a storage")
         content[key] = file.read(storage.count * storage.dtype.itemsize)
-    return _arrays(tensors, lambda storage: content[storage.key])
+    return _arrays(tensors, _size(file), lambda storage: content[storage.key])
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +168,22 @@ class _Unpickler(pickle.Unpickler):
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _arrays(tensors: Any, content: Callable[[_Storage], bytes]) -> dict[str, np.ndarray]:
+def _load(file: Any) -> tuple[Any, dict[str, _Storage]]:
+    """One pickle, and the storages that it names."""
+    restricted_pickle.refuse_memory(file)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.storages
+
+
+def _arrays(
+    tensors: Any, file_size: int, content: Callable[[_Storage], bytes]
+) -> dict[str, np.ndarray]:
     _require(isinstance(tensors, dict) and len(tensors) > 0, "its value, which is no mapping")
     for name, tensor in tensors.items():
         _require(type(name) is str and isinstance(tensor, _Tensor), f"the entry {name!r:.80}")
+    # Tied weights share a storage, and each gets a copy: but not a million of them.
+    total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors.values())
+    _require(total <= MAX_COPIES * file_size, "the size of all tensors")
     return {name: tensor.array(content(tensor.storage)) for name, tensor in tensors.items()}
 
 
