@@ -24,6 +24,7 @@ from shortcut_jax.errors import UserError
 
 MANIFEST = "manifest.json"  # beside a set that shortcut_jax.prepare has made
 GUIDE = "see docs/data.md"
+TFDS_FEATURES = "tensorflow_datasets.core.features."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +194,28 @@ def _versions(folder: Path) -> list[str]:
     return sorted(found, key=lambda version: [int(number) for number in version.split(".")])
 
 
+def _refuse_foreign_features(directory: Path) -> None:
+    """TFDS imports whatever module features.json names; only its own features may be named.
+
+    Raises:
+      ValueError: another one is.
+    """
+    path = directory / "features.json"
+    todo = [json.loads(path.read_text())] if path.is_file() else []
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):  # all are understood
+                name = node.get(key)
+                if isinstance(name, str) and not name.startswith(TFDS_FEATURES):
+                    raise ValueError(f"{path.name} names {name!r:.100}, no feature of TFDS")
+        if isinstance(node, dict | list):
+            todo += node.values() if isinstance(node, dict) else node
+
+
 def _open_builder(directory: Path) -> tfds.core.DatasetBuilder:
     try:
+        _refuse_foreign_features(directory)
         builder = tfds.builder_from_directory(directory)
         formats = {found.value for found in builder.info.available_file_formats()}
         if "array_record" in formats:  # perhaps beside tfrecord, after `tfds convert_format`
