@@ -7,6 +7,7 @@ from the four idx files that the authors publish (https://github.com/zalandorese
 import functools
 import gzip
 import hashlib
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,9 +121,8 @@ def _read_idx_file(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarra
             f"{FIX} or set idx_dir to the folder that has it."
         )
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(math.prod(shape) + 100)  # no more, whatever it unpacks to
         array = parse_idx(data, shape)
         digest = hashlib.sha256(data).hexdigest()
         if digest != IDX_SHA256[name]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from shortcut_jax.errors import UserError
 
+# Of a file in a zip, unpacked: nothing larger is unpacked into memory, whatever it claims to be.
+MAX_BYTES = 2**28
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -48,7 +50,8 @@ class Source:
         Names that begin with a dot and what macOS adds to zip files are none.
 
         Raises:
-          UserError: there is no such folder or zip, no image in it, or a member that leaves it.
+          UserError: there is no such folder or zip, no image in it, or a member of the zip that
+            leaves it or unpacks to more than MAX_BYTES.
         """
         prefix = f"{self.inside.strip('/')}/" if self.inside else ""
         images, others = [], collections.Counter[str]()
@@ -97,11 +100,15 @@ class Files:
           inside: whether it is relative to `source.inside` or to the whole source.
 
         Raises:
-          OSError, KeyError, ValueError, zipfile.BadZipFile, ...: it cannot be read.
+          OSError, KeyError, ValueError, zipfile.BadZipFile, ...: it cannot be read, or is a file
+            of a zip that unpacks to more than MAX_BYTES.
         """
         full = f"{self._inside}/{path}" if inside and self._inside else path
         if self._archive is None:
             return (self._root / full).read_bytes()
+        size = self._archive.getinfo(full).file_size  # no more than that is unpacked
+        if size > MAX_BYTES:
+            raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_BYTES:,}")
         return self._archive.read(full)
 
     def __enter__(self) -> "Files":
@@ -158,6 +165,12 @@ def _check_member(path: Path, info: zipfile.ZipInfo) -> Entry:
         raise UserError(
             f"--source={path} is encrypted ({name}); expected a zip without a password: unpack it "
             "and give the folder."
+        )
+    if info.file_size > MAX_BYTES and pure.suffix.lower() in SUFFIXES:
+        raise UserError(
+            f"--source={path} has an image {name!r} that unpacks to {info.file_size:,} bytes; "
+            f"expected up to {MAX_BYTES:,}: do not trust that file, or unpack it and give the "
+            "folder."
         )
     return Entry(name, info.file_size, info.CRC)
 
