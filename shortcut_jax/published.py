@@ -169,4 +169,15 @@ class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_HttpsRedirects)
+    """Opens https addresses; what `build_opener` adds for http, ftp, file and data is left out."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+        _HttpsRedirects,
+    ):
+        opener.add_handler(handler())
+    return opener
