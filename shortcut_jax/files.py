@@ -40,7 +40,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
         return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets in ...
         raise UserError(
             f"{path} cannot be read as JSON ({error}); expected {what}: restore it, or use "
             "another --workdir."

@@ -149,7 +149,9 @@ def _open(folder: Path, setup: run.Setup, fingerprint: str) -> Dataset:
 
 def _open_shard(path: Path, size: int, record: np.dtype) -> np.ndarray:
     try:
-        shard = np.load(path, mmap_mode="r")
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(shard, np.ndarray):
+            raise ValueError("it holds several arrays")
         if shard.shape != (size,) or shard.dtype != record:
             raise ValueError(f"it holds {shard.shape} of {shard.dtype}")
         return shard

@@ -249,7 +249,7 @@ def resolve(flat: Mapping[str, Any], path: Path) -> ConfigDict:
         config = ConfigDict({**sections.pop(""), **sections})
         validation.check_values(config)
         validation.validate(config, data.describe(config.data)[0])
-    except (UserError, ValueError) as error:  # ValueError: keys that ConfigDict refuses
+    except (UserError, ValueError, AttributeError) as error:  # the last two: keys it refuses
         text = str(error).rstrip(".")
         raise UserError(
             f"{path} is not a config that this version of shortcut_jax can use ({text}); expected "

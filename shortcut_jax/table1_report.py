@@ -203,7 +203,8 @@ def _write_grid(workdir: Path, done: Sequence[Mapping[str, Any]]) -> None:
     columns: dict[int, list[np.ndarray]] = {}
     for row in done:
         if row["seed"] == seed:
-            with np.load(workdir / f"seed_{seed}" / row["name"] / "samples.npz") as samples:
+            path = workdir / f"seed_{seed}" / row["name"] / "samples.npz"
+            with np.load(path, allow_pickle=False) as samples:
                 for steps in samples.files:
                     columns.setdefault(int(steps), []).append(samples[steps][0])
     grid = {steps: np.stack(images) for steps, images in columns.items()}

@@ -100,7 +100,7 @@ def build_extractor(
     info: Mapping[str, Any], weights: bytes, protocol: Protocol = PLAIN
 ) -> Extractor:
     """Extractor from the record and the contents of the npz file."""
-    with np.load(io.BytesIO(weights)) as arrays:
+    with np.load(io.BytesIO(weights), allow_pickle=False) as arrays:
         params = unflatten_dict({key: jnp.asarray(arrays[key]) for key in arrays.files}, sep="/")
     network = make_network(info["architecture"])
 

@@ -35,7 +35,8 @@ def main(arguments: dict[str, Any]) -> None:
         if "latents" in arguments:
             import numpy as np
 
-            moments = np.load(arguments["latents"], mmap_mode="r")  # [N, 2, h, w, 2c] float16
+            # [N, 2, h, w, 2c] float16
+            moments = np.load(arguments["latents"], mmap_mode="r", allow_pickle=False)
             both = [{"x": pair[0].tobytes(), "mirror": pair[1].tobytes()} for pair in moments]
             plain = [{"x": pair[0].tobytes()} for pair in moments]
             two_in_one = _write(tf, Path(scratch) / "both", both)
