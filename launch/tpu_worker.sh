@@ -59,7 +59,8 @@ start_script() {
   shift
   printf '%s\n' 'set -euo pipefail' "cat >~/run.sh <<'RUN'" 'cd ~/shortcut_jax' \
     "exec .venv/bin/python -m $(quoted_words "$module" "$@")" 'RUN'
-  # 75: told to stop, and has saved. 2: refused its flags or config, as it will again.
+  # 75: told to stop, and has saved. Any other failure is tried again, too, because a worker that
+  # restarts makes the others fail; six in an hour are enough.
   # mixed: only the main process gets SIGTERM; it ends its own workers.
   # memlock: the TPU driver pins host memory. nofile: a data set may have 1,024 shards.
   cat <<END
@@ -78,7 +79,6 @@ ExecStart=/bin/bash \$HOME/run.sh
 Restart=on-failure
 RestartForceExitStatus=$PREEMPTED
 SuccessExitStatus=$PREEMPTED
-RestartPreventExitStatus=2
 RestartSec=10
 KillMode=mixed
 TimeoutStopSec=120
