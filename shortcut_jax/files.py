@@ -1,24 +1,40 @@
 """Files: read and written whole."""
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shortcut_jax.errors import UserError
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes the file whole or not at all: a kill leaves the old content, never half of the new."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write in the place of another: it takes that place when the `with` ends well.
+
+    A kill leaves the old content, never half of the new; an error leaves nothing else behind.
+    """
     path = Path(path)
     # Of this process: two that write the same file must not take each other's away.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes the file whole or not at all: see `replacing`."""
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def remove_leftovers(folder: Path) -> None:

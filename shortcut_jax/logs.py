@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -110,7 +111,8 @@ class TensorBoard:
         Path(logdir).mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a directory in the order of their names, and a purge acts
         # on what was read before it; microseconds keep the order for a restart within a second.
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        began = max([time.time(), *(at + 1e-6 for at in self._begun(Path(logdir)))])  # a clock lies
+        name = f"events.out.tfevents.{began:017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter((Path(logdir) / name).open("xb"))
         self._add(file_version="brain.Event:2")
         # START hides the events read so far from its own step on, hence +1. TensorBoard takes the
@@ -118,6 +120,14 @@ class TensorBoard:
         first_new_step = 0 if restart_step is None else restart_step + 1
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=first_new_step, session_log=start)
+
+    @staticmethod
+    def _begun(logdir: Path) -> list[float]:
+        """When the files that are there say that they were begun."""
+        times = (
+            re.match(r"events\.out\.tfevents\.(\d+\.\d{6})\.", p.name) for p in logdir.iterdir()
+        )
+        return [float(found[1]) for found in times if found]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one number per tag; a `/` in a tag puts it in a group."""

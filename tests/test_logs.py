@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import textwrap
 from pathlib import Path
 
@@ -209,6 +210,16 @@ def test_tensorboard_restart_hides_the_later_steps_of_the_killed_process(tmp_pat
     board = TensorBoard(tmp_path, restart_step=10)
     board.scalars(11, {"loss": 11})
     board.close()
+    assert scalar_steps(tmp_path, "loss") == [0, 10, 11]
+
+
+def test_tensorboard_restart_after_the_clock_went_back(tmp_path, monkeypatch):
+    for now, restart_step, steps in ((1e9, None, (0, 10, 20)), (9e8, 10, (15,)), (8e8, 10, (11,))):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = TensorBoard(tmp_path, restart_step)
+        for step in steps:
+            board.scalars(step, {"loss": step})
+        board.close()
     assert scalar_steps(tmp_path, "loss") == [0, 10, 11]
 
 

@@ -12,7 +12,7 @@ from tests.test_resume import (
     read_state,
 )
 
-TOTAL, KEEP = 600, 2
+TOTAL, KEEP = 500, 2
 FLAGS = (
     "--config=configs/digits.py:small",
     f"--config.total_steps={TOTAL}",
@@ -22,8 +22,8 @@ FLAGS = (
     "--config.log.every=2",
     "--config.log.tensorboard=False",
 )
-# Phase -> the longest that its kill waits: about as long as the phase takes, and a little more.
-PHASES = {"start": 6.0, "train": 1.5, "save": 0.4, "evaluate": 1.0}
+# Phase -> the most often that it is reached, and the longest that a kill waits after that.
+PHASES = {"start": (1, 8.0), "train": (12, 0.1), "save": (3, 0.4), "evaluate": (2, 0.6)}
 FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
@@ -46,9 +46,11 @@ def soak(run_python, folder, kills, seed):
     assert start(undisturbed).returncode == 0
     while len(phases) < kills:
         phase = draw.choice(list(PHASES))
-        done = start(killed, KILL=f"{phase}:{draw.uniform(0, PHASES[phase])}")
+        often, seconds = PHASES[phase]
+        done = start(killed, KILL=f"{phase}:{draw.randint(1, often)}:{draw.uniform(0, seconds)}")
         assert done.returncode == -signal.SIGKILL, done.stderr
         phases.append(phase)
+        print(len(phases), phase, finished_checkpoints(killed) if newest else "", flush=True)
         if newest:
             assert "Resumed from step" not in done.stderr or f"step {newest} of" in done.stderr
         if (killed / "checkpoints").exists():

@@ -1,38 +1,38 @@
 """shortcut_jax.main that kills itself in a chosen phase: for tests/test_soak.py.
 
-KILL=PHASE:SECONDS sends SIGKILL that long after the first time that a phase is reached:
+KILL=PHASE:COUNT:SECONDS sends SIGKILL that long after a phase was reached the COUNTth time:
 
   start      the process has parsed its flags
-  train      the first step is asked for
-  save       the first save begins
-  evaluate   the first evaluation begins
+  train      a batch is asked for
+  save       a save begins
+  evaluate   an evaluation begins
 """
 
 import os
 import signal
 import threading
+from collections import Counter
 
-from shortcut_jax import checkpoint, config_flag, evaluation, main
-from shortcut_jax.data import pipeline
+from shortcut_jax import checkpoint, config_flag, evaluation, main, sharding
 
-
-def arm(phase: str) -> None:
-    wanted, _, seconds = os.environ.get("KILL", "").partition(":")
-    if wanted == phase:
-        os.environ["KILL"] = ""
-        threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+PHASE, COUNT, SECONDS = (os.environ.get("KILL") or "none:0:0").split(":")
+reached: Counter[str] = Counter()
 
 
 def armed(phase, function):
+    """The function, which starts the countdown when it is called."""
+
     def call(*args, **kwargs):
-        arm(phase)
+        reached[phase] += 1
+        if (phase, str(reached[phase])) == (PHASE, COUNT):
+            threading.Timer(float(SECONDS), os.kill, (os.getpid(), signal.SIGKILL)).start()
         return function(*args, **kwargs)
 
     return call
 
 
 if __name__ == "__main__":
-    pipeline.batches = armed("train", pipeline.batches)
+    sharding.to_global = armed("train", sharding.to_global)
     checkpoint.Checkpoints.save = armed("save", checkpoint.Checkpoints.save)
     evaluation.Evaluator.run = armed("evaluate", evaluation.Evaluator.run)
     config_flag.main(armed("start", main.main))

@@ -1,0 +1,109 @@
+"""A run that is asked to leave saves, says so, and is continued as if nothing had been."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from configs import digits
+from shortcut_jax import preemption, state, train
+from tests.test_resume import assert_same_arrays, read_lines, read_meta, read_state
+
+TOTAL, LEAVES = 4, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compile():
+    with pytest.MonkeyPatch.context() as patch:
+        options = {**state.compiler_options(), "xla_backend_optimization_level": "0"}
+        patch.setattr(state, "compiler_options", lambda: options)
+        yield
+
+
+def config():
+    c = digits.get_config("small")
+    c.total_steps, c.checkpoint.every, c.eval.every = TOTAL, TOTAL, LEAVES
+    c.eval.num_samples, c.eval.metrics = 32, ("fd_digits_mlp64",)
+    c.log.update(every=1, tensorboard=False)
+    return c
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train.train(config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(step): SIGTERM comes, and comes again, before that step."""
+    reached = preemption.Notice.reached
+
+    def install(at):
+        def ask(notice, step):
+            if step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return reached(notice, step)
+
+        monkeypatch.setattr(preemption.Notice, "reached", ask)
+
+    yield install
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_it_saves_at_the_next_step_and_goes_on_from_there(undisturbed, signalled, tmp_path):
+    signalled(LEAVES)  # where an evaluation is due, for which there may be no time
+    with pytest.raises(preemption.Preempted, match=f"asked to leave at step {LEAVES}"):
+        train.train(config(), tmp_path)
+    assert read_meta(tmp_path, LEAVES)["unevaluated"] is True
+    assert not (tmp_path / "eval").exists() and not (tmp_path / "finished.json").exists()
+    assert_same_arrays(
+        {k: v for k, v in read_state(tmp_path, LEAVES).items() if k == "step"}, {"step": LEAVES}
+    )
+
+    signalled(TOTAL)  # at the end, where the evaluation is all that is left to do
+    with pytest.raises(preemption.Preempted, match=f"asked to leave at step {TOTAL}"):
+        train.train(config(), tmp_path)
+    assert not (tmp_path / "finished.json").exists()
+
+    signalled(None)
+    train.train(config(), tmp_path)
+    assert_same_arrays(read_state(undisturbed, TOTAL), read_state(tmp_path, TOTAL))
+    assert read_lines(tmp_path / "metrics.jsonl") == read_lines(undisturbed / "metrics.jsonl")
+    for name in ("eval/results.jsonl",):
+        assert read_lines(tmp_path / name) == read_lines(undisturbed / name)
+    assert (tmp_path / "finished.json").exists()
+
+
+def test_before_the_first_step_there_is_nothing_to_save(signalled, tmp_path):
+    signalled(0)
+    with pytest.raises(preemption.Preempted, match="step 0"):
+        train.train(config(), tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_other_threads_leave_signals_alone():
+    found = []
+
+    def enter():
+        with preemption.Notice() as notice:
+            found.append(notice.reached(1))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_the_command_ends_with_the_status_that_is_tried_again(run_python, tmp_path):
+    code = (
+        "from shortcut_jax import cli, preemption\n"
+        "def main(): raise preemption.Preempted('asked to leave at step 3 of runs/a')\n"
+        "cli.main(main)"
+    )
+    done = run_python(["-c", code])
+    assert done.returncode == 75 == preemption.EXIT_STATUS
+    assert done.stderr.splitlines()[-1].startswith("preempted: asked to leave at step 3 of runs/a")
