@@ -42,7 +42,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Trains and evaluates what is missing, and writes the comparison."""
-    from shortcut_jax import experiment
+    from shortcut_jax import distributed, experiment
 
     workdir = Path(workdir_flag.workdir())
     names = ONLY.value or list(ABLATIONS)
@@ -61,8 +61,10 @@ def main() -> None:
             config.seed = seed
             facts = {"name": name, "seed": seed}
             experiment.perform(config, workdir / f"seed_{seed}" / name, facts)
-            write(workdir, experiment.results(workdir, config))
-    print((workdir / "ablations.md").read_text())
+            if distributed.writes():
+                write(workdir, experiment.results(workdir, config))
+    if distributed.writes():
+        print((workdir / "ablations.md").read_text())
 
 
 def write(workdir: Path, done: Sequence[Mapping[str, Any]]) -> None:

@@ -151,6 +151,13 @@ def several() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
+def writes() -> bool:
+    """Whether this is process 0, which writes for all."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def gather(value: Any) -> list[Any]:
     """The JSON data that every process gives, by process; all must call it, in the same order.
 
@@ -173,6 +180,11 @@ def gather(value: Any) -> list[Any]:
         padded[: len(text)] = text
         rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def of_process_0(value: Any) -> Any:
+    """The JSON data that process 0 gives: for decisions by what a file system shows to each."""
+    return gather(value)[0]
 
 
 def agree(facts: Mapping[str, Any]) -> None:

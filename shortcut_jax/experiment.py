@@ -11,7 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import evaluation, evaluation_report, run, train
+from shortcut_jax import distributed, evaluation, evaluation_report, run, train
 from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation_report import metric_name
 from shortcut_jax.files import read_json, write_atomically
@@ -32,9 +32,10 @@ def check(config: ConfigDict) -> None:
 def train_once(config: ConfigDict, workdir: Path) -> None:
     """Trains to the end without evaluations on the way, or does nothing if that was done."""
     config.eval.every = 0
-    if run.finished_step(workdir) is not None:
+    finished = distributed.of_process_0(run.finished_step(workdir))
+    if finished is not None:
         run.claim_workdir(config, workdir)  # refuses another config
-    if run.finished_step(workdir) != config.total_steps:
+    if finished != config.total_steps:
         logging.info("Training %s.", workdir)
         train.train(config, workdir)
 
@@ -49,7 +50,7 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
     """
     config.eval.every = 0  # the curve at the end is what is compared
     flat = config_lib.flatten(config)
-    if (workdir / RESULT).exists():
+    if distributed.of_process_0((workdir / RESULT).exists()):
         run.claim_workdir(config, workdir)  # refuses another config
         if _same_evaluation(read_json(workdir / RESULT, "the result of an experiment"), flat):
             return

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from shortcut_jax import manifest, run, sampling, sharding, state
+from shortcut_jax import distributed, manifest, run, sampling, sharding, state
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import build
@@ -76,9 +76,9 @@ def _contents(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict
 
 def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: Any) -> None:
     config, count = setup.config, setup.config.objective.num_pairs
-    missing = [
-        first for first in range(0, count, SHARD_ROWS) if not _shard_path(folder, first).exists()
-    ]
+    missing = distributed.of_process_0(
+        [f for f in range(0, count, SHARD_ROWS) if not _shard_path(folder, f).exists()]
+    )
     if not missing:
         return
     flow = build("flow_matching", setup.num_classes, cfg_scale=config.objective.cfg_scale)

@@ -168,15 +168,15 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             ) from error
 
 
-def check_shared(workdir: str | os.PathLike[str], dataset: Dataset) -> None:
-    """Refuses processes that see other data, or that do not see what process 0 wrote.
+def check_shared(setup: Setup, workdir: str | os.PathLike[str], dataset: Dataset) -> None:
+    """Refuses processes with other data or weights, or that do not see what process 0 wrote.
 
     To be called after `claim_workdir`.
 
     Raises:
       UserError: naming the process.
     """
-    distributed.agree({"fingerprint of the data": dataset.fingerprint})
+    distributed.agree({"fingerprint of the data": dataset.fingerprint, **setup.space.record()})
     path, patience = Path(workdir) / "config.json", time.monotonic() + SECONDS_TO_SEE
     with distributed.together():
         while not path.exists():  # network file systems may remember that it was not there
@@ -268,9 +268,10 @@ def _refuse_differences(old: Mapping[str, Any], new: Mapping[str, Any], where: s
 
 
 def mark_finished(workdir: str | os.PathLike[str], step: int) -> None:
-    """Says, after the last checkpoint is durable, that no more will come."""
+    """Says, after the last checkpoint is durable, that no more will come; to all processes."""
     if jax.process_index() == 0:
         write_atomically(Path(workdir) / FINISHED, json.dumps({"step": step}).encode())
+    distributed.gather(step)
 
 
 def finished_step(workdir: str | os.PathLike[str]) -> int | None:

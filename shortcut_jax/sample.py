@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from shortcut_jax import cli, workdir_flag
+from shortcut_jax import cli, distributed, distributed_flag, preemption, workdir_flag
 from shortcut_jax.errors import UserError
 
 STEPS = flags.DEFINE_list(
@@ -49,6 +49,8 @@ def main() -> None:
             f"--out={out} names neither a .png nor an .npz file; expected one to write: give, for "
             "example, --out=samples.png."
         )
+    distributed_flag.start()
+    preemption.heed_no_longer()
     steps, labels = whole_numbers(STEPS), whole_numbers(LABELS) or None
     model = sampling.load(workdir, STEP.value, PARAMS.value, AUTOENCODER.value)
     steps = list(dict.fromkeys(steps)) or list(model.setup.config.eval.steps)
@@ -94,6 +96,8 @@ def write_samples(model, steps: list[int], labels: list[int] | None, out: Path) 
 
     options = {"num": NUM.value, "seed": SEED.value, "cfg_scale": CFG_SCALE.value}
     samples = {n: model.sample(num_steps=n, labels=labels, **options) for n in steps}
+    if not distributed.writes():
+        return
     if out.suffix == ".npz":
         drawn = labels or model.labels(NUM.value or trained.DEFAULT_NUM, SEED.value)
         write_arrays(out, [(n, drawn, images) for n, images in samples.items()])
@@ -117,6 +121,8 @@ def write_interpolations(model, steps: list[int], labels: list[int] | None, out:
             arrays.append((n, [drawn] * len(images), images))
             name = f"{n} step{'s' * (n > 1)}"
             strips[name if label is None else f"class {label}, {name}"] = images
+    if not distributed.writes():
+        return
     if out.suffix == ".npz":
         write_arrays(out, arrays)
         return

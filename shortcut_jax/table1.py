@@ -26,7 +26,15 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what each row would spend, 
 
 def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
-    from shortcut_jax import budget, experiment, objectives, run, table1_report, validation
+    from shortcut_jax import (
+        budget,
+        distributed,
+        experiment,
+        objectives,
+        run,
+        table1_report,
+        validation,
+    )
 
     workdir = Path(workdir_flag.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)
@@ -66,8 +74,10 @@ def main() -> None:
             config.seed = seed
             facts = {"name": row, "seed": seed, "budget": dataclasses.asdict(spent)}
             experiment.perform(config, folder / row, facts)
-            table1_report.write(workdir, config)
-    print((workdir / "table1.md").read_text())
+            if distributed.writes():
+                table1_report.write(workdir, config)
+    if distributed.writes():
+        print((workdir / "table1.md").read_text())
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     with clock.phase("start"), distributed.together():
         train_data, images = run.open_data(setup)
         run.claim_workdir(config, workdir)
-    run.check_shared(workdir, train_data)
+    run.check_shared(setup, workdir, train_data)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
     if objective.teacher == "pairs":
         assert origins.teacher is not None  # `pretrained.find` has refused a config without one
@@ -202,7 +202,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
         ways_to_sample = evaluation.cells(setup, evaluation.Grid(config.eval.steps_in_loop))
 
-    start = checkpoints.latest()
+    start = distributed.of_process_0(checkpoints.latest())
     unevaluated = False  # the checkpoint was saved in haste, before an evaluation that was due
     if start is None:
         train_state = jax.jit(init_with_metrics, out_shardings=state_sharding)()
