@@ -1,46 +1,17 @@
 """Processes find each other, agree and end; whatever is missing or different is one sentence."""
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
-import time
-
 import jax
 import numpy as np
 import pytest
 
 from shortcut_jax import checkpoint, distributed, distributed_flag, sharding
 from shortcut_jax.errors import UserError
+from tests.processes import free_port, start_all
 from tests.programs.restore_on_meshes import make_state, place
 from tests.sentences import assert_sentence
 
 SMALL = "--config=configs/digits.py:small"
 NOTHING = dict.fromkeys(distributed_flag.VARIABLES)
-
-
-def free_port():
-    with socket.create_server(("localhost", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start_all(commands, devices=1, timeout=100):
-    """Runs [(arguments, variables)] at once; returns [(status, stderr)]. None outlives the test."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for arguments, variables in commands:
-            process = subprocess.Popen(
-                [sys.executable, *arguments], text=True, stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL, env={**os.environ, "XLA_FLAGS": flags, **variables},
-            )  # fmt: skip
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            processes.append(process)
-        until = time.monotonic() + timeout
-        ends = [process.communicate(timeout=until - time.monotonic()) for process in processes]
-    return [(p.returncode, err) for p, (_, err) in zip(processes, ends, strict=True)]
 
 
 def error_of(status, stderr):
@@ -83,6 +54,7 @@ def test_tasks_of_a_slurm_job_are_one_run(tmp_path):
     assert saved.meta(3)["data"] == {"next_step": 3}
 
 
+@pytest.mark.slow
 def test_a_process_with_another_config_ends_all(tmp_path):
     flags = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--init_timeout=60"]
     program = ["-m", "shortcut_jax.main", SMALL, f"--workdir={tmp_path / 'run'}", *flags]

@@ -31,6 +31,12 @@ def agree() -> None:
     ]
     distributed.agree({"same": [1, 2]})
     try:
+        distributed.agree({"same": 1, "seed": 7 * index})
+        raise AssertionError("they differ and nobody said so")
+    except UserError as error:
+        assert "process 1 was started with something else" in str(error)
+        assert "(seed: 7 there and 0 on process 0)" in str(error)
+    try:
         with distributed.together():
             if index == count - 1:
                 raise UserError("this host has no disk.")
