@@ -83,14 +83,16 @@ def prepare(config: ConfigDict, measures: bool = True) -> Setup:
     for name in config.eval.metrics if measures else ():
         metrics.check_files(name, config.eval)
     spaces.check_files(config)
-    return build(config, sharding.make_mesh(*validation.check_devices(config, jax.device_count())))
+    axes = validation.check_devices(config, jax.device_count(), sharding.num_slices())
+    return build(config, sharding.make_mesh(*axes))
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Setup:
     """The parts of a valid config on a mesh that may be another than the config's."""
     image_shape, num_classes = check(config)
     objective = config_lib.build_objective(config, num_classes)
-    network, space = state.build_network(config, objective), spaces.build(config, mesh)
+    network = state.build_network(config, objective, sharding.platform(mesh))
+    space = spaces.build(config, mesh)
     return Setup(config, image_shape, num_classes, objective, network, mesh, space)
 
 

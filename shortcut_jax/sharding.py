@@ -2,15 +2,17 @@
 
 The mesh has two axes. The batch is split over both; parameters, EMA and optimizer state are split
 over "fsdp" alone. Data-parallel training is fsdp = 1, fully sharded training is data = 1, and
-anything between is both: mesh shapes, not code.
+anything between is both: mesh shapes, not code. On several slices each has whole "fsdp" groups.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -26,9 +28,27 @@ RULES = (
 )
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh over all devices of all processes; `config.mesh_shape` gives the sizes."""
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes; `validation.mesh_shape` gives the sizes.
+
+    Across slices of TPUs, which a slower network joins, goes "data" alone: slice by slice, with
+    every group of `fsdp` devices within one.
+
+    Args:
+      data: size of the axis; a multiple of the number of slices.
+      fsdp: size of the axis.
+      devices: other ones than those of this run.
+    """
+    slices = num_slices(devices or jax.devices())
+    if slices == 1:
+        return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    found = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def num_slices(devices: Sequence[jax.Device] | None = None) -> int:
+    """How many slices of TPUs the devices are of (all devices by default); 1 for all else."""
+    return len({getattr(device, "slice_index", None) for device in devices or jax.devices()})
 
 
 def local_mesh() -> Mesh:
@@ -36,6 +56,11 @@ def local_mesh() -> Mesh:
     devices = jax.local_devices()
     shape = (len(devices), 1)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """The kind of device that a mesh is of: "cpu", "tpu", "gpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

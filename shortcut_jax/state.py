@@ -34,11 +34,18 @@ class TrainState:
 PARAMS_FIELD = {"ema": "ema", "online": "params"}
 
 
-def build_network(config: ConfigDict, objective: Objective) -> DiT:
-    """The DiT of `config.model`; products in bfloat16 unless the back end is a CPU ("auto")."""
+def build_network(config: ConfigDict, objective: Objective, platform: str | None = None) -> DiT:
+    """The DiT of `config.model`.
+
+    Args:
+      config: of the run.
+      objective: decides the labels and whether the network sees step sizes.
+      platform: it shall run on, the local back end by default. On "cpu" the dtype "auto" is
+        float32, elsewhere bfloat16.
+    """
     model = config.model.to_dict()
     dtype = model.pop("dtype")
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
     return DiT(
@@ -51,13 +58,13 @@ def build_network(config: ConfigDict, objective: Objective) -> DiT:
     )
 
 
-def compiler_options() -> dict[str, Any]:
-    """Options to compile a program that differentiates the network with.
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
+    """Options to compile a program that differentiates the network with, for a platform.
 
     On a CPU XLA drops optimisation barriers before it fuses, and with them what
     `DiT.residual_barrier` is for; this keeps them.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
 
 

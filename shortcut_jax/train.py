@@ -32,6 +32,7 @@ from shortcut_jax import (
     state,
 )
 from shortcut_jax import averages as averages_lib
+from shortcut_jax import program as program_lib
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
@@ -132,6 +133,17 @@ def make_train_step(
     return train_step
 
 
+def build_program(
+    setup: run.Setup, batch_shape: Batch, draw_x1: spaces.DrawX1
+) -> program_lib.Program:
+    """The step of a run with its shapes and shardings, for batches of a shape."""
+    config, optimizer = setup.config, state.build_optimizer(setup.config)
+    step = make_train_step(
+        config, setup.network, setup.objective, optimizer, setup.mesh.size, draw_x1
+    )
+    return program_lib.build(setup, step, optimizer, batch_shape)
+
+
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     """Trains to `config.total_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -154,7 +166,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     origins = pretrained.find(config, resuming=run.has_checkpoint(workdir))
     averages_lib.check_tracked(config)
     setup = run.prepare(config, measures=config.eval.every > 0)
-    objective, network, mesh = setup.objective, setup.network, setup.mesh
+    objective, mesh = setup.objective, setup.mesh
     clock = Clock(config.batch_size, config.total_steps, mesh.size)
     with clock.phase("start"), distributed.together():
         train_data, images = run.open_data(setup)
@@ -171,33 +183,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     #  State: shapes, then shardings, then arrays - new, or from a checkpoint
     ##################################################################################
 
-    optimizer = state.build_optimizer(config)
-    train_step = make_train_step(config, network, objective, optimizer, mesh.size, draw_x1)
-    rows = sharding.batch_sharding(mesh)
-
-    def init() -> TrainState:
-        params = state.init_params(network, setup.image_shape, config.seed)
-        # The EMA starts at the initial parameters: no warm-up, no bias correction (1.16).
-        ema = jax.tree.map(jnp.copy, params)
-        teacher = jax.tree.map(jnp.copy, params) if objective.teacher == "targets" else {}
-        step = jnp.zeros((), jnp.int32)
-        further = averages_lib.start(config.averages, params)
-        return TrainState(step, params, ema, optimizer.init(params), teacher, {}, further)
-
     def empty_batch() -> Batch:
         image = jnp.zeros((config.batch_size, *train_data.image_shape), train_data.dtype)
         noise = image if objective.teacher == "pairs" else None
         return Batch(encode(image), jnp.zeros(config.batch_size, jnp.int32), noise)
 
-    batch_shape = jax.eval_shape(empty_batch)
-    metrics_shape = jax.eval_shape(train_step, jax.eval_shape(init), batch_shape).metrics
-
-    def init_with_metrics() -> TrainState:
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), metrics_shape)
-        return dataclasses.replace(init(), metrics=zeros)
-
-    state_shape = jax.eval_shape(init_with_metrics)
-    state_sharding = sharding.shard_tree(state_shape, mesh)
+    program = build_program(setup, jax.eval_shape(empty_batch), draw_x1)
+    state_shape, state_sharding = program.state_shape, program.state_sharding
+    rows = sharding.batch_sharding(mesh)
     if config.eval.every:
         evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
         ways_to_sample = evaluation.cells(setup, evaluation.Grid(config.eval.steps_in_loop))
@@ -205,7 +198,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     start = distributed.of_process_0(checkpoints.latest())
     unevaluated = False  # the checkpoint was saved in haste, before an evaluation that was due
     if start is None:
-        train_state = jax.jit(init_with_metrics, out_shardings=state_sharding)()
+        train_state = jax.jit(program.init, out_shardings=state_sharding)()
         train_state = pretrained.start_from(origins, train_state, state_sharding)
     else:
         with clock.phase("start"):
@@ -224,16 +217,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     ##################################################################################
 
     with clock.phase("compile"):
-        compiled = (
-            jax.jit(
-                train_step,
-                in_shardings=(state_sharding, rows),
-                out_shardings=state_sharding,
-                donate_argnums=0,
-            )
-            .lower(state_shape, batch_shape)
-            .compile(compiler_options=state.compiler_options())
-        )
+        compiled = program.compile()
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
 
     ##################################################################################

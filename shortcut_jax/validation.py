@@ -77,12 +77,13 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
                 raise UserError(str(error).replace("eval.steps", f"eval.{name}", 1)) from error
 
 
-def check_devices(config: ConfigDict, num_devices: int) -> tuple[int, int]:
+def check_devices(config: ConfigDict, num_devices: int, num_slices: int = 1) -> tuple[int, int]:
     """Checks that the mesh fits the devices and the batches fit the mesh.
 
     Args:
       config: the config.
       num_devices: devices over all processes.
+      num_slices: of TPUs, that they are of.
 
     Returns:
       Sizes of the mesh axes (data, fsdp).
@@ -93,6 +94,12 @@ def check_devices(config: ConfigDict, num_devices: int) -> tuple[int, int]:
     axes = mesh_shape(config.mesh, num_devices)
     shards = math.prod(axes)
     build_objective(config, num_classes=0).validate(config.batch_size, shards)
+    check(
+        axes[0] % num_slices == 0,
+        f"mesh.data={axes[0]} is not a multiple of the {num_slices} slices, each of which "
+        "has whole copies of the state; expected mesh.fsdp to stay within a slice: lower it to at "
+        f"most {num_devices // num_slices}, with mesh.data=-1.",
+    )
     parts = shards * config.accumulation_steps
     check(
         config.batch_size % parts == 0,

@@ -233,7 +233,8 @@ def take_one_step(monkeypatch, tmp_path):
     def run(config: ConfigDict) -> dict[str, float]:
         monkeypatch.setattr(data, "open_dataset", open_dataset)
         options = {**state.compiler_options(), "xla_backend_optimization_level": "0"}
-        monkeypatch.setattr(state, "compiler_options", lambda: options)  # compiles in half the time
+        # compiles in half the time
+        monkeypatch.setattr(state, "compiler_options", lambda platform: options)
         # One step, or one for each stage of methods that change during training.
         stages = config_lib.build_objective(config, num_classes=0).num_stages
         config.total_steps, config.log.every = stages, 1

@@ -72,7 +72,7 @@ def faster():
     """Compiles in half the time, measures nothing, and makes pairs in several shards."""
     options = {**state.compiler_options(), "xla_backend_optimization_level": "0"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "compiler_options", lambda: options)
+        patch.setattr(state, "compiler_options", lambda platform: options)
         patch.setattr(metrics, "load_extractor", lambda name: None)
         patch.setattr(pairs, "SHARD_ROWS", 4)
         yield

@@ -1,0 +1,301 @@
+"""The training step compiled for a machine that is not here: does it fit, and what does it cost?
+
+libtpu compiles for every TPU without one. What is compiled is the step of `train.train` for the
+same config, with the types and compiler options of that machine.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from shortcut_jax import collectives, run, sharding, spaces, train, validation
+from shortcut_jax import config as config_lib
+from shortcut_jax.errors import UserError
+from shortcut_jax.models import dit
+from shortcut_jax.objectives import Batch
+from shortcut_jax.program import Program
+
+GIB = 2**30
+
+# GiB of memory that the compiler has for a program on one device: what libtpu 0.0.42.1 says when it
+# refuses one that is larger. A device is a core of v2 and v3 and a chip of the others.
+HBM = {"v2": 7.48, "v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+EXAMPLES = "v3:2x2, v4:2x2x4, v5e:4x4, v5e:16x16, v5p:2x4x4, v6e:2x4, 2*v5e:4x4 (two slices)"
+
+_NAME = re.compile(rf"(?:(?P<slices>[1-9]\d*)\*)?(?P<kind>{'|'.join(HBM)}):\d+(x\d+){{1,2}}")
+_CPU = re.compile(r"cpu:(?P<devices>[1-9]\d*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices that need not exist.
+
+    Attributes:
+      name: as it was asked for.
+      devices: of all processes.
+      hbm: bytes that a program may use on each, or None where nothing is known.
+    """
+
+    name: str
+    devices: list[jax.Device]
+    hbm: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a step, per device.
+
+    Attributes:
+      network: SIZE/PATCH, or width x depth/patch.
+      objective: name of the method.
+      topology: name of the machine.
+      device: kind of its devices.
+      devices: how many.
+      mesh: sizes of the axes.
+      batch_size: over all devices.
+      settings: keys of the config that decide what is compiled.
+      fits: whether the program fits into the memory.
+      peak: bytes in use at most; None where it does not fit and the compiler does not say.
+      hbm: bytes there are; None where nothing is known.
+      state: bytes of the train state.
+      flops: of a step; None where it does not fit. The body of a loop counts once.
+      bytes_accessed: the same.
+      collectives: kind -> (operations that a step runs, bytes of their results).
+      largest_batch: a batch that fits by this one compilation; None where nothing is known.
+      seconds: of compilation.
+    """
+
+    network: str
+    objective: str
+    topology: str
+    device: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    settings: dict[str, Any]
+    fits: bool
+    peak: float | None
+    hbm: float | None
+    state: int
+    flops: float | None
+    bytes_accessed: float | None
+    collectives: dict[str, tuple[int, int]]
+    largest_batch: int | None
+    seconds: float
+
+    def text(self) -> str:
+        """As --dry_run prints it."""
+        loops = self.settings["model.scan_layers"] or self.settings["accumulation_steps"] > 1
+        once = " (the body of a loop counted once)" if loops else ""
+        verdict = "fits" if self.fits else "does not fit"
+        if self.hbm is None:
+            verdict += f": {self.device} has no limit that is known"
+        lines = {
+            "step": f"{self.objective} of {self.network}",
+            "topology": f"{self.topology}, {self.devices} devices of kind {self.device}",
+            "mesh": f"{self.mesh}",
+            "batch": f"{self.batch_size}, {self.batch_size // self.devices} per device",
+            "peak memory": f"{_gib(self.peak)} per device, of {_gib(self.hbm)}",
+            "train state": f"{_gib(self.state)} per device",
+        }
+        if self.flops is not None:
+            lines["FLOPs"] = f"{self.flops:.4g} per device{once}"
+            lines["bytes accessed"] = f"{self.bytes_accessed:.4g} per device{once}"
+            for kind, (count, size) in self.collectives.items():
+                lines[kind] = f"{count} per step, {size / 2**20:,.1f} MiB"
+        lines["compiled in"] = f"{self.seconds:.1f} s"
+        if self.largest_batch is not None:
+            lines["largest batch"] = (
+                f"{self.largest_batch} at least, if all but the train state grows with the batch "
+                "(estimated from this one compilation)"
+            )
+        lines["verdict"] = verdict
+        return "\n".join(f"{name:<18} {value}" for name, value in lines.items())
+
+
+def find_machine(name: str) -> Machine:
+    """The devices of "cpu:8" or of a TPU such as "v5e:4x4"; no accelerator here is touched.
+
+    Raises:
+      UserError: there is no such machine, or libtpu is not installed.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    cpu, tpu = _CPU.fullmatch(name), _NAME.fullmatch(name)
+    if cpu:
+        return Machine(name, _cpu_devices(name, int(cpu["devices"])), None)
+    if not tpu:
+        raise UserError(
+            f"--topology={name} is no machine; expected cpu:N, or GENERATION:AxB or AxBxC chips "
+            f"with GENERATION one of {', '.join(HBM)}: use one such as {EXAMPLES}."
+        )
+    devices = _tpu_devices(name, tpu["kind"], int(tpu["slices"] or 1))
+    return Machine(name, devices, HBM[tpu["kind"]] * GIB)
+
+
+def _cpu_devices(name: str, count: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # they are made already
+        logging.info("The CPU devices of this process exist; %s takes of these.", name)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"--topology={name} asks for more than the {len(devices)} devices that XLA_FLAGS gives "
+            "this process; expected at most these: leave the number out of XLA_FLAGS."
+        )
+    return devices[:count]
+
+
+def _tpu_devices(name: str, kind: str, slices: int) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the cloud about this machine
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # as JAX runs them: one device for a chip
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name.rpartition("*")[2], **options
+        )
+    except Exception as error:  # JaxRuntimeError, RuntimeError and others: not documented
+        if "not installed" in str(error) or "libtpu" in str(error):
+            raise UserError(
+                f"--topology={name} needs libtpu, the compiler for TPUs, which is not installed; "
+                "expected the extra tpu, which needs no TPU: pip install -e '.[tpu]'."
+            ) from error
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"--topology={name} is no machine that libtpu knows ({text}); expected a shape of "
+            f"whole hosts: use one such as {EXAMPLES}."
+        ) from error
+    return list(found.devices)
+
+
+def compile_for(config: ConfigDict, machine: Machine) -> Report:
+    """Compiles the step of a config for a machine.
+
+    Args:
+      config: of the run. Neither its data nor other files that it names are needed.
+      machine: from `find_machine`.
+
+    Raises:
+      UserError: the config is wrong, or does not fit the number of devices.
+    """
+    run.check(config)
+    slices = sharding.num_slices(machine.devices)
+    axes = validation.check_devices(config, len(machine.devices), slices)
+    setup = run.build(config, sharding.make_mesh(*axes, machine.devices))
+    program = train.build_program(setup, *_batch(setup))
+    start = time.monotonic()
+    compiled, peak = _compile(program)
+    seconds = time.monotonic() - start
+    cost = (compiled.cost_analysis() if compiled else None) or {}
+    found = collectives.collectives(compiled.as_text() or "") if compiled else []
+    state_bytes = _state_bytes(program)
+    flat = config_lib.flatten(config)
+    return Report(
+        network=_network(config.model),
+        objective=config.objective.name,
+        topology=machine.name,
+        device=machine.devices[0].device_kind,
+        devices=len(machine.devices),
+        mesh=dict(setup.mesh.shape),
+        batch_size=config.batch_size,
+        settings={key: flat[key] for key in ("accumulation_steps", *config_lib.LAYOUT)},
+        fits=compiled is not None,
+        peak=peak,
+        hbm=machine.hbm,
+        state=state_bytes,
+        flops=cost.get("flops"),
+        bytes_accessed=cost.get("bytes accessed"),
+        collectives=collectives.by_kind(found),
+        largest_batch=_largest_batch(config, math.prod(axes), machine.hbm, state_bytes, peak),
+        seconds=seconds,
+    )
+
+
+def _batch(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:
+    """Shapes of what the trainer gives the step, and how it gets x_1 from them."""
+    shape, holds = setup.image_shape, "images"
+    if setup.objective.teacher == "pairs":
+        holds = "samples"
+    elif isinstance(setup.space, spaces.Latents):
+        shape = (*shape[:2], 2 * shape[2])
+        holds = "moments"  # which images are encoded to before the step, too
+    size = setup.config.batch_size
+
+    def empty() -> Batch:
+        image = jnp.zeros((size, *shape))
+        noise = image if holds == "samples" else None
+        return Batch(image, jnp.zeros(size, jnp.int32), noise)
+
+    return jax.eval_shape(empty), spaces.way_from(setup.space, holds)[1]
+
+
+def _compile(program: Program) -> tuple[jax.stages.Compiled | None, float | None]:
+    """The step, or None if it does not fit, and the bytes it needs on a device."""
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        logging.info("The compiler says: %s", error)
+        return None, _needed(str(error))
+    memory: Any = compiled.memory_analysis()
+    return compiled, memory.peak_memory_in_bytes
+
+
+def _needed(refusal: str) -> float | None:
+    """Bytes that a program needs by the compiler's refusal, of which there are two forms."""
+    match = re.search(r"(?:Used |\()([\d.]+)([MGT])\)? (?:of|exceeds)", refusal)
+    return float(match[1]) * {"M": 2**20, "G": GIB, "T": 2**40}[match[2]] if match else None
+
+
+def _network(model: ConfigDict) -> str:
+    for name, size in dit.SIZES.items():
+        if all(model[key] == value for key, value in size.items()):
+            return f"DiT-{name}/{model.patch_size}"
+    return f"DiT {model.hidden_size}x{model.depth}/{model.patch_size}"
+
+
+def _state_bytes(program: Program) -> int:
+    """Of the part of the train state that one device has."""
+    parts = jax.tree.map(
+        lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize,
+        program.state_shape,
+        program.state_sharding,
+    )
+    return sum(jax.tree.leaves(parts))
+
+
+def _largest_batch(
+    config: ConfigDict, shards: int, hbm: float | None, state: int, peak: float | None
+) -> int | None:
+    """A batch that fits if all memory beyond the state is taken to grow with the batch.
+
+    Some of it (gradients) does not, so that a larger one may fit, too. 0 if none does.
+    """
+    if hbm is None or peak is None or peak <= state:
+        return None
+    objective = config_lib.build_objective(config, num_classes=0)
+    unit = shards * config.accumulation_steps
+    most = int(config.batch_size * max(hbm - state, 0) / (peak - state))
+    for size in range(most // unit * unit, 0, -unit):
+        try:
+            objective.validate(size, shards)
+            return size
+        except UserError:
+            continue
+    return 0
+
+
+def _gib(size: float | None) -> str:
+    return "an unknown amount" if size is None else f"{size / GIB:.2f} GiB"
