@@ -16,7 +16,9 @@ _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|\w+_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )  # noqa: E501
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ITEM_BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8,
@@ -50,8 +52,7 @@ def collectives(program: str) -> list[Collective]:
             operation = _operation(line)
             if operation:
                 found[operation] += 1
-            trips = _TRIPS.search(line)
-            times = int(trips[1]) if trips and " while(" in line else 1
+            times = _trips(line, computations) if " while(" in line else 1
             for callee in _callees(line):
                 for key, count in inside(callee).items():
                     found[key] += times * count
@@ -82,6 +83,19 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
         else:
             found[name].append(line)
     return found, entry
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often a loop runs; 1 if the text does not say."""
+    known = _KNOWN_TRIPS.search(line)
+    if known:
+        return int(known[1])
+    # TPU programs say it by the condition alone: counter < constant, as `jax.lax.scan` counts.
+    condition = _CONDITION.search(line)
+    lines = computations.get(condition[1], []) if condition else []
+    limits = [match[1] for match in map(_LIMIT.search, lines) if match]
+    below = any("direction=LT" in text for text in lines)
+    return int(limits[0]) if below and len(limits) == 1 else 1
 
 
 def _callees(line: str) -> list[str]:

@@ -22,10 +22,16 @@ HloModule jit_step, is_scheduled=true
   ROOT %a = bf16[8]{0} all-gather(%p), dimensions={0}
 }
 
+%below.2 (p: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(28)
+  ROOT %less.2 = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
 ENTRY %main.1 (p0: f32[8,4], p1: bf16[4]) -> f32[8,4] {
   %w = (s32[], f32[8,4]{1,0}) while(%start), condition=%condition.1, body=%body.1, \
 backend_config={"known_trip_count":{"n":"12"}}
   %u = (s32[], f32[8,4]{1,0}) while(%start), condition=%condition.1, body=%body.1
+  %v = (s32[], f32[8,4]{1,0}) while(%start), condition=%below.2, body=%body.1
   %f = bf16[8]{0} fusion(%p1), kind=kCustom, calls=%fused
   %s = (f32[3,4]{1,0}, s32[]) all-reduce-start(%x, %y), channel_id=2, to_apply=%add
   %d = (f32[3,4]{1,0}, s32[]) all-reduce-done(%s)
@@ -41,12 +47,12 @@ def test_every_operation_counts_as_often_as_it_runs():
         Collective("all-gather", 16, 1),  # in a fusion
         Collective("all-gather", 256, 1),  # what was received alone
         Collective("all-reduce", 52, 1),
-        Collective("all-reduce", 128, 12 + 1),  # two loops, one of unknown length
+        Collective("all-reduce", 128, 12 + 1 + 28),  # three loops, one of unknown length
         Collective("collective-permute", 20, 1),
     ]
     assert by_kind(collectives(PROGRAM)) == {
         "all-gather": (2, 272),
-        "all-reduce": (14, 52 + 13 * 128),
+        "all-reduce": (42, 52 + 41 * 128),
         "collective-permute": (1, 20),
     }
 
