@@ -1,6 +1,8 @@
 """Which axis of which array is split over which axis of the mesh."""
 
+import dataclasses
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from shortcut_jax import sharding
+from tests.golden import make_shardings
 
 
 def mesh_of(data, fsdp):
@@ -78,3 +81,56 @@ def test_to_global_and_back():
     assert found["image"].sharding == rows
     for key in batch:
         np.testing.assert_array_equal(sharding.to_host(found[key]), batch[key])
+
+
+# ------------------------------------------------------------------ slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device that need not exist."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "fake"
+
+
+def slices_of(num_slices, size):
+    """Devices of slices, in an order that says nothing."""
+    devices = [Device(i, i // size, i // 4) for i in range(num_slices * size)]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 8), (4, 4), (16, 1)])
+def test_slices_are_whole_rows_of_the_data_axis(data, fsdp):
+    devices = slices_of(2, 8)
+    assert sharding.num_slices(devices) == 2
+    mesh = sharding.make_mesh(data, fsdp, devices)
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp}
+    of_slice = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    # Half of the data axis each, one after the other: parameters never cross slices.
+    np.testing.assert_array_equal(of_slice, np.repeat([[0], [1]], data // 2, axis=0) + 0 * of_slice)
+    assert {device.id for device in mesh.devices.flat} == set(range(16))
+
+
+def test_a_machine_without_slices_is_one():
+    assert sharding.num_slices() == 1
+    assert sharding.num_slices(slices_of(1, 8)) == 1
+
+
+# ------------------------------------------------------------------ every parameter
+
+GOLDEN = Path(__file__).parent / "golden" / "shardings.txt"
+
+
+def test_every_parameter_of_dit_b_and_xl_is_split_as_written_down():
+    """A change of RULES, or of a parameter's name or shape, shows here."""
+    assert make_shardings.table() == GOLDEN.read_text()
+
+
+def test_a_layer_axis_is_never_split():
+    assert spec((8, 16, 6), 8, name="params/blocks/qkv") == PartitionSpec(None, "fsdp", None)
+    assert spec((8, 6), 8, name="opt_state/0/mu/blocks/bias") == PartitionSpec()
+    assert spec((8, 6), 8, name="block_0/bias") == PartitionSpec("fsdp", None)
