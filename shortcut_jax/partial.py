@@ -5,7 +5,6 @@ the same bits as if it had never stopped.
 """
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import replacing
 from shortcut_jax.metrics.references import read_npz
 
 # Storing takes no more than this share of the time: after a store of s seconds the next is made
@@ -48,9 +47,8 @@ class Partial:
         if self._path is None or not (now or time.monotonic() >= self._due):
             return
         begin = time.monotonic()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, buffer.getvalue())
+        with replacing(self._path) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         end = time.monotonic()
         self._due = end + (end - begin) / SHARE

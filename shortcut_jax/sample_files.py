@@ -4,7 +4,6 @@ Samples are written as they are drawn and never all in memory; a killed pass goe
 files.
 """
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import replacing, write_atomically
 from shortcut_jax.metrics.protocols import quantise
 
 
@@ -58,11 +57,9 @@ class Npz:
 
     def close(self) -> None:
         """Puts the parts together, whole or not at all."""
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with replacing(self.path) as whole, zipfile.ZipFile(whole, "w") as archive:
             for file in self._files.values():
                 archive.write(file, file.name)
-        os.replace(temporary, self.path)
         shutil.rmtree(self._parts)
 
 

@@ -19,6 +19,7 @@ from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.metrics import fid, inception, inception_weights
 from shortcut_jax.metrics.extractor import Extractor
 from shortcut_jax.metrics.frechet import frechet_distance
+from shortcut_jax.metrics.protocols import INCEPTION, PLAIN
 from shortcut_jax.metrics.summaries import Moments
 
 BATCHES = 16
@@ -37,7 +38,7 @@ def _features(options: Options) -> Iterator[Measurement]:
     shape = (extractor.batch, side, side, extractor.image_shape[2])
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     contenders = {
-        "features": lambda: timing.timed(lambda: len(extractor.features(images))),
+        "features": lambda: timing.timed(lambda: len(extractor.outputs(images)["features"])),
         "moments": _moments(extractor.feature_dim, extractor.batch),
     }
     conditions: dict[str, Any] = {"extractor": extractor.name, "image_size": side}
@@ -60,10 +61,10 @@ def _features(options: Options) -> Iterator[Measurement]:
 def _extractor(options: Options) -> Extractor:
     """Inception. It takes long to compile: in small, with nothing to compare, a classifier."""
     if options.small and not options.torch_python:
-        return metrics.load_extractor("fd_digits")
+        return metrics.load_extractor("fd_digits", PLAIN, {})
     weights = inception_weights.load(inception.weight_shapes(), inception_weights.RANDOM)
     batch = 1 if options.small else fid.BATCH
-    return fid.build_extractor(weights, "tensorflow", batch, jax.local_devices())
+    return fid.build_extractor(weights, INCEPTION["adm"], batch, jax.local_devices())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ a covariance and say nothing of how they were made: `foreign` reads them.
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import replacing
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics.frechet import Stats
 from shortcut_jax.metrics.gauges import Gauge, Key
@@ -99,9 +98,8 @@ def save(path: Path, references: Sequence[Reference]) -> None:
         for i, reference in enumerate(references)
         for name, array in _arrays(reference.summaries).items()
     }
-    buffer = io.BytesIO()
-    np.savez(buffer, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+    with replacing(path) as file:
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
 
 def load(path: Path) -> list[Reference]:
