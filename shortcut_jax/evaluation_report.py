@@ -1,10 +1,11 @@
 """What an evaluation found, as files: results.jsonl, pictures, a table and a plot."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder.parent / RESULTS, found.records)
     shutil.rmtree(folder.parent / PARTIAL / str(found.step), ignore_errors=True)
+    with contextlib.suppress(OSError):  # there are those of other steps, or none
+        (folder.parent / PARTIAL).rmdir()
     grids = write_pictures(folder, found)
     if found.records:
         points: dict[str, list[tuple[int, float]]] = {}
@@ -121,9 +124,19 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         return {k: v for k, v in record.items() if k not in ("value", "std")}
 
     # The training run and an evaluation that follows it may write at the same time.
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(path.parent):
         old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         new = [protocol(record) for record in records]
         lines = [r for r in old if protocol(r) not in new] + list(records)
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in lines).encode())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine out that lock the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks it

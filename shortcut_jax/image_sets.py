@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shortcut_jax.data.image_files import Entry, Source
+from shortcut_jax.data.image_files import Entry, Files, Source
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
 from shortcut_jax.metrics import references
@@ -17,12 +17,13 @@ from shortcut_jax.metrics import references
 ARRAY = "arr_0"  # what numpy calls an array without a name, and ADM's samples are
 
 
-def open_images(path: Path) -> Dataset:
+def open_images(path: Path, channels: int = 3) -> Dataset:
     """Opens images of one size.
 
     Args:
       path: a folder or zip of image files, in which those of folders are found too; or an .npz with
-        `arr_0`, uint8 [n, H, W, 3] in 0..255 or float32 [n, H, W, 3] in [-1, 1].
+        `arr_0`, uint8 [n, H, W, C] in 0..255 or float32 [n, H, W, C] in [-1, 1].
+      channels: C; files are converted to RGB or to grey, arrays are not.
 
     Returns:
       The images, sorted by path or in the order of the array; their labels are 0.
@@ -31,31 +32,31 @@ def open_images(path: Path) -> Dataset:
       UserError: they cannot be read, or are not such images. Files of a folder are looked at when
         they are read, so that `rows` may raise it, too.
     """
-    return _from_npz(path) if path.suffix == ".npz" else _from_files(path)
+    return (_from_npz if path.suffix == ".npz" else _from_files)(path, channels)
 
 
-def _from_npz(path: Path) -> Dataset:
+def _from_npz(path: Path, channels: int) -> Dataset:
     found = references.read_npz(path)
     if ARRAY not in found:
         raise UserError(
             f"{path} holds {', '.join(sorted(found)) or 'nothing'}; expected images in {ARRAY}: "
             "give such a file."
         )
-    images = check_images(found[ARRAY], f"{path}, {ARRAY}")
+    images = check_images(found[ARRAY], f"{path}, {ARRAY}", channels)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return _dataset(path, images.shape[1:], len(images), digest, lambda i: {"image": images[i]})
 
 
-def check_images(images: NDArray[Any], where: str) -> NDArray[Any]:
+def check_images(images: NDArray[Any], where: str, channels: int = 3) -> NDArray[Any]:
     """The images as they can be measured: uint8, or float32 in [-1, 1].
 
     Raises:
       UserError: another shape, dtype or range; `where` says whose.
     """
-    expected = "expected uint8 [n, H, W, 3] in 0..255, or float32 in [-1, 1]"
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
-        first = images.ndim == 4 and images.shape[1] == 3
+    expected = f"expected uint8 [n, H, W, {channels}] in 0..255, or float32 in [-1, 1]"
+    if images.ndim != 4 or images.shape[-1] != channels or 0 in images.shape:
+        grey = channels == 3 and (images.ndim == 3 or images.shape[3:] == (1,))
+        first = images.ndim == 4 and images.shape[1] == channels
         fix = (
             "grey images are to be repeated into three channels, if that is meant" if grey
             else "channels go last" if first
@@ -79,7 +80,7 @@ def check_images(images: NDArray[Any], where: str) -> NDArray[Any]:
     return images.astype(np.float32)
 
 
-def _from_files(path: Path) -> Dataset:
+def _from_files(path: Path, channels: int) -> Dataset:
     if not path.exists():
         raise UserError(
             f"{path} does not exist; expected a folder or zip of images, or an .npz: mend the path."
@@ -90,14 +91,14 @@ def _from_files(path: Path) -> Dataset:
     except UserError as error:
         raise UserError(str(error).replace("--source=", "")) from error
     with source.open() as files:
-        shape = _decode(path, entries[0], files.read(entries[0].path)).shape
+        shape = _decode(path, entries[0], files, channels).shape
 
     def read(indices: NDArray[Any]) -> Rows:
         images = np.empty((len(indices), *shape), np.uint8)
         with source.open() as files:
             for row, index in enumerate(indices):
                 entry = entries[int(index)]
-                image = _decode(path, entry, files.read(entry.path))
+                image = _decode(path, entry, files, channels)
                 if image.shape != shape:
                     raise UserError(
                         f"{path} holds images of several sizes: {entries[0].path} is "
@@ -113,12 +114,14 @@ def _from_files(path: Path) -> Dataset:
     return _dataset(path, shape, len(entries), digest, read)
 
 
-def _decode(path: Path, entry: Entry, data: bytes) -> NDArray[np.uint8]:
+def _decode(path: Path, entry: Entry, files: Files, channels: int) -> NDArray[np.uint8]:
     from PIL import Image
 
+    # A grey photograph among coloured ones is one of them, as every other tool has it.
+    mode = {1: "L", 3: "RGB"}[channels]
     try:
-        # A grey photograph among coloured ones is one of them, as every other tool has it.
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        image = np.asarray(Image.open(io.BytesIO(files.read(entry.path))).convert(mode))
+        return image.reshape(*image.shape[:2], channels)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{path}: {entry.path} cannot be decoded ({' '.join(str(error).split())}); expected an "

@@ -262,7 +262,7 @@ def calc() -> None:
             raise UserError(f"--{name} is missing; give images, e.g. --{name}=samples.npz.")
     section, path = _section(), Path(FLAGS.reference)
     _check_metrics(section)
-    images = image_sets.open_images(Path(FLAGS.images))
+    images = image_sets.open_images(Path(FLAGS.images), _channels(section))
     _check_set(images, FLAGS.images, section)
     stored = path.suffix == ".npz" and "about" in references.read_npz(path)
     there = references.load(path) if stored else []
@@ -325,6 +325,12 @@ def _check_metrics(section: Mapping[str, Any]) -> None:
         metrics.check_files(name, section)
 
 
+def _channels(section: Mapping[str, Any]) -> int:
+    """Of the images that the metrics take; a later metric for others is refused."""
+    first = metrics.find(section["metrics"][0]).extractor
+    return metrics.EXTRACTORS[first].image_shape[2]
+
+
 def _check_set(images: Dataset, where: Any, section: Mapping[str, Any]) -> None:
     for name in section["metrics"]:
         metrics.check_metric(name, images.image_shape)
@@ -344,7 +350,7 @@ def _of_images(path: Path, section: Mapping[str, Any]) -> Callable[[], list[refe
     arrays = references.read_npz(path) if path.suffix == ".npz" else {}
     images = None
     if not arrays or image_sets.ARRAY in arrays:
-        images = image_sets.open_images(path)
+        images = image_sets.open_images(path, _channels(section))
     if "mu" not in arrays:
         assert images is not None  # `open_images` has refused what has neither
         return _of_dataset(images, section, workers=0)
