@@ -10,7 +10,6 @@ import json
 import sys
 
 # These define flags, which flagsaver would take away again if they came later.
-import array_record.python.array_record_data_source
 import grain  # noqa: F401
 from absl.testing import flagsaver
 
