@@ -1,12 +1,17 @@
 """The value of each metric, from the summaries of samples and of a reference."""
 
+import functools
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shortcut_jax.metrics import frechet as frechet_lib
 from shortcut_jax.metrics import inception_score as inception_score_lib
 from shortcut_jax.metrics import kid as kid_lib
 from shortcut_jax.metrics import precision_recall
 from shortcut_jax.metrics.protocols import Protocol
+from shortcut_jax.metrics.summaries import Rows
 
 NEIGHBOURS = 3  # k of precision and recall
 SUBSET_SIZE = 1000  # of the KID
@@ -43,7 +48,7 @@ def kid(samples: Any, reference: Any, protocol: Protocol) -> Value:
 def precision(samples: Any, reference: Any, protocol: Protocol) -> Value:
     """The share of samples within the reference, of `summaries.Rows`."""
     del protocol
-    found = precision_recall.precision(samples, reference, NEIGHBOURS)
+    found = precision_recall.precision(samples, reference, NEIGHBOURS, _radii(reference))
     return Value(found, {"k": NEIGHBOURS} | _rows(samples, reference))
 
 
@@ -52,6 +57,11 @@ def recall(samples: Any, reference: Any, protocol: Protocol) -> Value:
     del protocol
     found = precision_recall.recall(samples, reference, NEIGHBOURS)
     return Value(found, {"k": NEIGHBOURS} | _rows(samples, reference))
+
+
+@functools.lru_cache(maxsize=4)  # a reference is compared with many sets of samples
+def _radii(reference: Rows) -> NDArray[np.float64]:
+    return precision_recall.squared_radii(reference, NEIGHBOURS)
 
 
 def _rows(samples: Any, reference: Any) -> dict[str, int]:

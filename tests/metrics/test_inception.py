@@ -6,6 +6,7 @@ process: for four images with a summary of every layer, and as an extractor.
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from shortcut_jax.metrics import fid, inception
+from shortcut_jax.image_sets import open_images
+from shortcut_jax.metrics import fid, gauges, inception, references
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.protocols import INCEPTION
+from tests.golden import make_end_to_end as end_to_end
 from tests.golden import make_inception as golden
 
 # What the golden file calls a resize and a scale -> ours.
@@ -206,9 +209,13 @@ def test_parity_fails_where_products_have_fewer_bits(name, bits, program, variab
 
 
 @pytest.fixture(scope="module")
-def one_by_one(weights):
-    """Outputs of an extractor that computes one image at a time."""
-    extractor = fid.build_extractor(weights, INCEPTION["adm"], 1, jax.local_devices()[:1])
+def extractor(weights):
+    """Computes one image at a time."""
+    return fid.build_extractor(weights, INCEPTION["adm"], 1, jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def one_by_one(extractor):
     assert extractor.batch == 1
     return extractor.outputs(golden.photographs())
 
@@ -226,3 +233,31 @@ def test_features_do_not_depend_on_the_devices(one_by_one, run_python, tmp_path)
         assert {*two.files} == {*one_by_one, "devices"}
         for name, expected in one_by_one.items():
             assert error(two[name], expected) <= DEVICE_TOLERANCE, name
+
+
+# ------------------------------------------------------------------ from files to numbers
+
+
+def test_two_folders_give_what_torch_fidelity_finds(extractor, tmp_path):
+    """From PNG files to every metric that it has; the network is random, the numbers are odd."""
+    expected = json.loads(end_to_end.FILE.read_text())
+    assert expected["photographs"] == golden.photograph_digest()
+    found = expected["found"]
+    gauge = gauges.Gauge(extractor, ("fid", "is", "kid", "precision", "recall"))
+    sets = {name: open_images(folder) for name, folder in end_to_end.write(tmp_path).items()}
+    (reference,) = references.measure([gauge], sets["reference"], workers=0)
+    samples = gauge.of_samples(sets["samples"].size)
+    gauges.measure([gauge], [samples], sets["samples"])
+    values = gauge.values(samples, reference.summaries)
+    exact = found["exact_frechet_inception_distance"]
+    assert values["fid"].value == pytest.approx(exact, rel=1e-5)
+    # Theirs has rounding errors that ours has not: see `exact_distance`.
+    assert values["fid"].value == pytest.approx(found["frechet_inception_distance"], rel=1e-4)
+    assert values["is"].value == pytest.approx(found["inception_score_mean"], rel=1e-4)
+    assert values["is"].facts["std"] == pytest.approx(found["inception_score_std"], rel=1e-4)
+    # Subsets of all 20: another order of the sums. The squares of features of a random network
+    # are large, and their float32 sums there are not exact.
+    assert values["kid"].facts["subset_size"] == end_to_end.SUBSET_SIZE
+    assert values["kid"].value == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-4)
+    for name in ("precision", "recall"):
+        assert values[name].value == pytest.approx(found[name], abs=1e-7)
