@@ -74,7 +74,6 @@ class MetricSpec:
         needs_reference: whether the samples are compared with anything.
         min_samples: fewer are refused, unless `eval.allow_small_n` is set.
         names_count: whether its name says how many samples if they are not `FULL`.
-        higher_is_better: for tables and plots.
     """
 
     extractor: str
@@ -85,7 +84,6 @@ class MetricSpec:
     needs_reference: bool = True
     min_samples: int = 2
     names_count: bool = True
-    higher_is_better: bool = False
 
 
 def _classifier(image_shape: ImageShape) -> ExtractorSpec:
@@ -121,11 +119,11 @@ METRICS = {
     "sfid": MetricSpec("inception", output="spatial", other_name="sfd", min_samples=2048),
     "is": MetricSpec(
         "inception", values.inception_score, "marginals", "logits_unbiased",
-        needs_reference=False, min_samples=5000, higher_is_better=True,
+        needs_reference=False, min_samples=5000,
     ),
     "kid": MetricSpec("inception", values.kid, "rows", min_samples=1000),
-    "precision": MetricSpec("inception", values.precision, "rows", higher_is_better=True),
-    "recall": MetricSpec("inception", values.recall, "rows", higher_is_better=True),
+    "precision": MetricSpec("inception", values.precision, "rows"),
+    "recall": MetricSpec("inception", values.recall, "rows"),
     "fd_dinov2": MetricSpec("dinov2", other_name="fd", min_samples=1024),
 }  # fmt: skip
 
