@@ -97,9 +97,9 @@ def start_from(origins: Origins, fresh: TrainState, shardings: TrainState) -> Tr
         return fresh
     params = start.params(fresh.params, shardings.params)
     logging.info("Starting from step %d of %s (%s).", start.step, start.workdir, start.key)
-    ema, *averages = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(fresh.averages)))
-    further = dict(zip(fresh.averages, averages, strict=True))
-    state = dataclasses.replace(fresh, params=params, ema=ema, averages=further)
+    ema = jax.tree.map(jnp.copy, params)
+    averages = {name: jax.tree.map(jnp.copy, params) for name in fresh.averages}
+    state = dataclasses.replace(fresh, params=params, ema=ema, averages=averages)
     if not fresh.teacher:
         return state
     assert origins.teacher is not None  # `validation` has refused a config without one
