@@ -47,7 +47,7 @@ tpus() {
 }
 
 on_workers() { # WORKERS SCRIPT
-  tpus tpu-vm ssh --worker="$1" --command="$2"
+  tpus tpu-vm ssh --quiet --worker="$1" --command="$2"
 }
 
 # state_of GROUP FIELD: of the slice or its request; GONE if there is none, UNKNOWN if that cannot be
@@ -115,8 +115,8 @@ make_bundle() {
 }
 
 install() {
-  run gcloud compute tpus tpu-vm scp "$bundle" "$name:shortcut_jax.bundle" --worker=all \
-    --zone="$zone" ${project:+"--project=$project"} &&
+  run gcloud compute tpus tpu-vm scp "$bundle" "$name:shortcut_jax.bundle" --quiet \
+    --worker=all --zone="$zone" ${project:+"--project=$project"} &&
     on_workers all "$(install_script "$nfs" "$data")"
 }
 
