@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,17 @@ def photographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import photographs
 
     return photographs.prepare(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """Programs compile in less time and run in more: for tests that compare no number."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # no other test gets such a program
 
 
 @pytest.fixture(scope="session")

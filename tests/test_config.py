@@ -347,6 +347,7 @@ class NoExtractor:
         return {"features": images.reshape(len(images), -1)[:, :3].astype(np.float64)}
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", FILES)
 def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     """A key that only validation looks at would be a promise that nothing keeps."""
