@@ -66,7 +66,8 @@ def _photographs(options: Options, scratch: Path) -> Iterator[Measurement]:
             theirs = found[f"{crop}/tf_data_{short}"]
             name = f"data/jpeg/{crop}: ours / tf_data_{short}"
             yield timing.ratio(name, found[crop], theirs, conditions)
-    workers = len(os.sched_getaffinity(0))
+    # One is enough to see that it runs: each takes seconds to start.
+    workers = 1 if options.small else len(os.sched_getaffinity(0))
     for crop, dataset in datasets.items():
         took = _with_workers(dataset, batch_size, workers, options.repeats)
         with_workers = conditions | {"workers": workers}
