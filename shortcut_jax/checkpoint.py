@@ -101,7 +101,6 @@ class Checkpoints:
         """
         meta = json.loads(json.dumps(dict(meta)))
         sums = {"arrays": checksums.of_arrays(dict(state)), "rest": checksums.of_json(meta)}
-        self.check()  # or the save before this one would be blamed on this one
         with self._failing():
             began = self._manager.save(
                 step,
