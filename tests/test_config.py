@@ -376,7 +376,7 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     flat = config_lib.flatten(config)
     monkeypatch.setattr(validation, "check_values", lambda config: None)
     monkeypatch.setattr(validation, "validate", lambda config, image_shape: None)
-    monkeypatch.setattr(validation, "check_devices", lambda config, n: (n, 1))
+    monkeypatch.setattr(validation, "check_devices", lambda config, n, slices: (n, 1))
     monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
     for module in (classifier, fid):
         monkeypatch.setattr(module, "load_extractor", lambda *_, **options: NoExtractor())

@@ -298,9 +298,10 @@ def edit_config(workdir, **changes):
 
 
 def test_a_config_of_an_older_version_has_the_new_keys_at_their_defaults(tmp_path):
-    edit_config(tmp_path, **{"eval.grid_rows": None, "init_from": None})
+    edit_config(tmp_path, **{"eval.grid_rows": None, "init_from": None, "model.remat": None})
     restored = run.restore_config(tmp_path)
     assert restored.eval.grid_rows == 10 and restored.init_from == ""
+    assert restored.model.remat == "none"
 
 
 @pytest.mark.parametrize(
