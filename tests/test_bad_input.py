@@ -211,13 +211,7 @@ def test_config_files_that_ml_collections_lets_pass(parse, tmp_path, line, fragm
 
 
 def test_config_of_another_project():
-<<<<<<< HEAD
     with pytest.raises(UserError, match="has no key .*expected every key"):
-=======
-    with pytest.raises(
-        UserError, match="no key accumulation_steps, batch_size.*expected every key"
-    ):
->>>>>>> 539384d (Say what memory is traded for, and keep the table's recipe)
         run.prepare(ConfigDict({"lr": 0.1, "model": {"depth": 3}}))
 
 
