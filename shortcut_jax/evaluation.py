@@ -9,7 +9,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +17,9 @@ from absl import logging
 from numpy.typing import NDArray
 
 from shortcut_jax import (
-    averages,
     checkpoint,
     data,
+    distributed,
     metrics,
     parameters,
     run,
@@ -28,6 +28,7 @@ from shortcut_jax import (
     state,
 )
 from shortcut_jax.data.sources import Dataset
+from shortcut_jax.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
 from shortcut_jax.metrics.protocols import QUANTISE
@@ -36,14 +37,6 @@ from shortcut_jax.progress import Progress
 from shortcut_jax.sample_files import Sink
 
 PARTIAL = "partial"  # folder in eval/
-
-
-class Cell(NamedTuple):
-    """One way to sample from a checkpoint."""
-
-    params: str  # name of the parameters
-    cfg_scale: float
-    num_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +115,7 @@ class Evaluator:
                 decisive["sink"] = str(into.path)
             kept = Partial(partial, decisive)
             collections, pictures[cell] = self._sample(params, cell, kept, into)
-            if into is not None:
+            if into is not None and distributed.writes():
                 into.close()
             for gauge, collection, reference in zip(
                 self._gauges, collections, self.compared_with(), strict=True
@@ -177,11 +170,14 @@ class Evaluator:
             self._update(collections, images, n)
             if sum(map(len, pictures)) < section.grid_rows:
                 pictures.append(sampling.to_uint8(self._whole(images)[:n]))
-            if sink is not None:
-                sink.write(first, self._whole(images)[:n], sharding.to_host(labels)[:n])
             done = first + n
+            if sink is not None:
+                rows = self._whole(images)[:n], sharding.to_host(labels)[:n]
+                if distributed.writes():
+                    sink.write(first, *rows)
+            if distributed.writes():
+                partial.store(_state(done, pictures, collections), now=done == total)
             progress(done)
-            partial.store(_state(done, pictures, collections), now=done == total)
         return collections, np.concatenate(pictures)[: section.grid_rows]
 
     def _batches(
@@ -286,38 +282,73 @@ class Evaluator:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """What to sample from a checkpoint; where one is empty, as the config says."""
+class RunEvaluator:
+    """Evaluates checkpoints of a run; reference and networks are loaded once.
 
-    steps: tuple[int, ...] = ()
-    params: tuple[str, ...] = ()
-    cfg_scales: tuple[float, ...] = ()
+    Args:
+      setup: from `run.prepare`.
+      workdir: of the run.
+      grid: steps, parameters and guidance.
 
+    Raises:
+      UserError: the model does not have what the grid asks for.
+    """
 
-def cells(setup: run.Setup, grid: Grid) -> list[Cell]:
-    """The ways to sample that a grid asks for; a scale that changes nothing makes none."""
-    section, objective = setup.config.eval, setup.objective
-    own = (objective.cfg_scale,)
-    return [
-        Cell(which, scale, num_steps)
-        for which in grid.params or (section.params,)
-        for num_steps in grid.steps or section.steps
-        for scale in (grid.cfg_scales if objective.guided(num_steps) else own) or own
-    ]
+    def __init__(self, setup: run.Setup, workdir: str | os.PathLike[str], grid: Grid) -> None:
+        check_grid(setup, grid)
+        self._setup, self._grid = setup, grid
+        self._partial = Path(workdir) / "eval" / PARTIAL
+        keep = setup.config.checkpoint.keep
+        self._checkpoints = checkpoint.Checkpoints(workdir, keep=keep, read_only=True)
+        self._evaluator: Evaluator | None = None
 
+    def evaluate(self, step: int, sink: Callable[[Cell], Sink] | None = None) -> Evaluation:
+        """Samples from a checkpoint in all the ways of the grid, and measures.
 
-def check_grid(setup: run.Setup, grid: Grid) -> None:
-    """Raises UserError for the first thing in a grid that this model cannot be sampled with."""
-    objective = setup.objective
-    for name in grid.params:
-        averages.check_name(name, "--params")
-    for num_steps in grid.steps:
-        objective.check_steps(num_steps)
-    for scale in grid.cfg_scales:
-        steps = grid.steps or setup.config.eval.steps
-        guided = [n for n in steps if objective.guided(n)]
-        sampling.check_cfg_scale(setup.config.objective, objective, scale, (guided or steps)[0])
+        Killed and called again, it goes on where it was: see `shortcut_jax.partial`.
+
+        Args:
+          step: of the checkpoint.
+          sink: see `Evaluator.run`.
+
+        Raises:
+          UserError: data, statistics or checkpoint cannot be read, or lack what is asked for.
+        """
+        ways = cells(self._setup, self._grid)
+        for which in dict.fromkeys(cell.params for cell in ways):
+            parameters.check(self._checkpoints, step, which)
+        when = (self._checkpoints.directory / str(step)).stat().st_mtime_ns
+        parts = []
+        for which, of_params in itertools.groupby(ways, lambda cell: cell.params):
+            params, shardings = run.restore_params(self._setup, self._checkpoints, step, which)
+            logging.info("Evaluating the %s parameters of step %d.", which, step)
+            mine = list(of_params)
+            evaluator = self._evaluator or self._start(params, shardings, mine)
+            found = evaluator.run(
+                params,
+                step,
+                mine,
+                partial=self._partial / str(step),
+                identity={"checkpoint": when},
+                sink=sink,
+            )
+            parts.append(found)
+            del params  # before the next are read
+        return Evaluation(
+            step,
+            [record for part in parts for record in part.records],
+            {cell: images for part in parts for cell, images in part.samples.items()},
+        )
+
+    def _start(self, params: Any, shardings: Any, ways: Sequence[Cell]) -> Evaluator:
+        """Everything that can fail, before the long part."""
+        section = self._setup.config.eval
+        reads = section.metrics and not section.get("reference", "")
+        images = data.open_dataset(self._setup.config.data) if reads else None
+        self._evaluator = Evaluator(self._setup, images, shardings)
+        self._evaluator.compared_with()
+        self._evaluator.try_out(params, ways)
+        return self._evaluator
 
 
 def evaluate_checkpoint(
@@ -327,53 +358,8 @@ def evaluate_checkpoint(
     grid: Grid = Grid(),  # noqa: B008 (it cannot be changed)
     sink: Callable[[Cell], Sink] | None = None,
 ) -> Evaluation:
-    """Samples from a checkpoint in all the ways of a grid, and measures.
-
-    Killed and called again, it goes on where it was: see `shortcut_jax.partial`.
-
-    Args:
-      setup: from `run.prepare`.
-      workdir: of the run.
-      step: of the checkpoint.
-      grid: steps, parameters and guidance.
-      sink: see `Evaluator.run`.
-
-    Raises:
-      UserError: data, statistics or checkpoint cannot be read, or the model does not have what the
-        grid asks for.
-    """
-    config = setup.config
-    check_grid(setup, grid)
-    reads = config.eval.metrics and not config.eval.get("reference", "")
-    images = data.open_dataset(config.data) if reads else None
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep, read_only=True)
-    for which in grid.params or (config.eval.params,):
-        parameters.check(checkpoints, step, which)
-    evaluator, parts = None, []
-    for which, ways in itertools.groupby(cells(setup, grid), lambda cell: cell.params):
-        of_params = list(ways)
-        params, shardings = run.restore_params(setup, checkpoints, step, which)
-        if evaluator is None:
-            evaluator = Evaluator(setup, images, shardings)
-            evaluator.compared_with()
-            evaluator.try_out(params, of_params)
-        logging.info("Evaluating the %s parameters of step %d.", which, step)
-        parts.append(
-            evaluator.run(
-                params,
-                step,
-                of_params,
-                partial=Path(workdir) / "eval" / PARTIAL / str(step),
-                identity={"checkpoint": (checkpoints.directory / str(step)).stat().st_mtime_ns},
-                sink=sink,
-            )
-        )
-        del params  # before the next are read
-    return Evaluation(
-        step,
-        [record for part in parts for record in part.records],
-        {cell: images for part in parts for cell, images in part.samples.items()},
-    )
+    """Evaluates one checkpoint of a run: see `RunEvaluator`."""
+    return RunEvaluator(setup, workdir, grid).evaluate(step, sink)
 
 
 def _state(

@@ -20,6 +20,7 @@ from shortcut_jax import (
     distributed,
     evaluation,
     evaluation_report,
+    grid,
     pairs,
     parameters,
     preemption,
@@ -193,7 +194,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     rows = sharding.batch_sharding(mesh)
     if config.eval.every:
         evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
-        ways_to_sample = evaluation.cells(setup, evaluation.Grid(config.eval.steps_in_loop))
+        ways_to_sample = grid.cells(setup, grid.Grid(config.eval.steps_in_loop))
 
     start = distributed.of_process_0(checkpoints.latest())
     unevaluated = False  # the checkpoint was saved in haste, before an evaluation that was due

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags, logging
 
 from shortcut_jax import (
@@ -26,8 +25,9 @@ from shortcut_jax import (
 )
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.evaluation import Cell, Evaluation, Grid
+from shortcut_jax.evaluation import Evaluation
 from shortcut_jax.files import write_atomically
+from shortcut_jax.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
 
@@ -80,6 +80,7 @@ def follow() -> None:
         print(run.summary(setup))
         return
     _check_writable(workdir)
+    evaluator = evaluation.RunEvaluator(setup, workdir, grid)
     seen = time.monotonic()
     while True:
         ended = run.finished_step(workdir)  # before looking: what it names is there by now
@@ -88,14 +89,14 @@ def follow() -> None:
         ended, steps = distributed.gather([ended, steps])[0]
         for step in steps:
             try:
-                found = evaluation.evaluate_checkpoint(setup, workdir, step, grid)
+                found = evaluator.evaluate(step)
             except UserError:
                 if step in _steps(workdir):
                     raise
                 logging.info("Checkpoint %d was replaced by newer ones before it was read.", step)
                 continue
             _print_found(workdir, found)
-            if jax.process_index() == 0:
+            if distributed.writes():
                 write_atomically(_followed(setup, workdir, step), b"")
             seen = time.monotonic()
         if ended is not None:
@@ -116,7 +117,7 @@ def _prepare(wait: bool = False) -> tuple[run.Setup, str, Grid]:
         tuple(_numbers("steps", int)), tuple(FLAGS.params), tuple(_numbers("cfg_scales", float))
     )
     setup = run.prepare(config)
-    evaluation.check_grid(setup, grid)
+    check_grid(setup, grid)
     if wait and not FLAGS.dry_run:
         _await_run(workdir)
     run.check_workdir_for_evaluation(config, workdir)
@@ -172,7 +173,7 @@ def _print_plan(setup: run.Setup, workdir: str, grid: Grid, step: int) -> None:
 def _check_writable(workdir: str, **others: Path) -> None:
     """Of process 0, which writes; also the folders that other flags name."""
     with distributed.together():
-        if jax.process_index() == 0:
+        if distributed.writes():
             cli.check_writable("--workdir", Path(workdir) / "eval")
             for flag, folder in others.items():
                 cli.check_writable(f"--{flag}", folder)
@@ -197,18 +198,18 @@ def _sinks(
     if section["metrics"]:
         extractor = metrics.find(section["metrics"][0]).extractor
         rule = metrics.protocols_of(extractor, section)[0].quantise
-    cells = evaluation.cells(setup, grid)
+    ways = cells(setup, grid)
     kind = sample_files.Npz if out.suffix else sample_files.Pngs
     total = setup.config.eval.num_samples
-    return lambda cell: kind(_path_of(out, cell, cells), total, rule)
+    return lambda cell: kind(_path_of(out, cell, ways), total, rule)
 
 
-def _path_of(out: Path, cell: Cell, cells: list[Cell]) -> Path:
+def _path_of(out: Path, cell: Cell, ways: list[Cell]) -> Path:
     """NAME.npz; of several cells, with what tells this one from others: NAME_4.npz."""
     parts = [
         f"{value:g}" if isinstance(value, float) else str(value)
         for field, value in zip(cell._fields, cell, strict=True)
-        if len({getattr(c, field) for c in cells}) > 1
+        if len({getattr(c, field) for c in ways}) > 1
     ]
     return out.with_name("_".join([out.stem, *parts]) + out.suffix)
 
@@ -250,8 +251,10 @@ def ref() -> None:
     if FLAGS.dry_run:
         return
     cli.check_writable("--out", out.parent)
-    references.save(out, found())
-    print(references.describe(references.load(out)))
+    made = found()
+    if distributed.writes():
+        references.save(out, made)
+    print(references.describe(made))
     print(f"statistics  {out}")
 
 
@@ -301,7 +304,7 @@ def calc() -> None:
     width = max(len(evaluation_report.metric_name(record)) for record in records)
     for record in records:
         print(f"{evaluation_report.metric_name(record):<{width}}  {record['value']:.6f}")
-    if FLAGS.out:
+    if FLAGS.out and distributed.writes():
         write_atomically(Path(FLAGS.out), json.dumps(records, indent=1).encode())
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shortcut_jax import evaluation
+from shortcut_jax import grid
 from shortcut_jax.sampling import to_uint8
 
 
@@ -37,7 +37,7 @@ def by_steps():
     """Number of sampling steps -> sink, and the function that an evaluation takes."""
     kept: dict[int, Kept] = {}
 
-    def sink(cell: evaluation.Cell) -> Kept:
+    def sink(cell: grid.Cell) -> Kept:
         return kept.setdefault(cell.num_steps, Kept())
 
     return kept, sink

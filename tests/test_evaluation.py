@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import evaluation, evaluation_report, metrics, run, sharding, state
+from shortcut_jax import evaluation, evaluation_report, grid, metrics, run, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.metrics.protocols import PLAIN, quantise
 from tests.kept_samples import by_steps
@@ -104,7 +104,7 @@ def measured():
         shardings = sharding.shard_tree(params, setup.mesh)
         evaluator = evaluation.Evaluator(setup, dataset, shardings)
         kept, sink = by_steps()
-        cells = evaluation.cells(setup, evaluation.Grid(steps=(1, 2)))
+        cells = grid.cells(setup, grid.Grid(steps=(1, 2)))
         found = evaluator.run(params, 7, cells, sink=sink)
     return extractor, images, config, found, kept
 

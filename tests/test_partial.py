@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import evaluation, metrics, partial, run, sharding, state
+from shortcut_jax import evaluation, grid, metrics, partial, run, sharding, state
 from shortcut_jax.data.sources import Dataset
 from tests.kept_samples import Kept
 from tests.test_evaluation import MeanPixels
 
-CELLS = [evaluation.Cell("ema", 1.0, n) for n in (1, 2)]
+CELLS = [grid.Cell("ema", 1.0, n) for n in (1, 2)]
 
 
 class Killed(BaseException):

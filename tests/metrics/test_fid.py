@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import data, evaluation, metrics, run, sharding, state
+from shortcut_jax import data, evaluation, grid, metrics, run, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation_report import metric_name
@@ -207,7 +207,7 @@ def test_a_config_that_says_fid_is_measured_and_named(config, colours, monkeypat
     monkeypatch.setattr(fid, "build_extractor", two_features)
     monkeypatch.setattr(fid.inception, "weight_shapes", lambda: {"fc.bias": (3,)})
     measuring, params = evaluator(config, colours)
-    cells = evaluation.cells(run.prepare(config), evaluation.Grid(steps=(1,)))
+    cells = grid.cells(run.prepare(config), grid.Grid(steps=(1,)))
     record, of_authors = measuring.run(params, 0, cells).records
     assert record["metric"] == "fd_inception_random_11" and np.isfinite(record["value"])
     assert record["protocol"] == "pytorch_fid"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
-from shortcut_jax import data, evaluation, run, sampling, sharding, state
+from shortcut_jax import data, evaluation, grid, run, sampling, sharding, state
 from tests.kept_samples import by_steps
 
 NUM_SAMPLES = 50  # a multiple of no batch size
@@ -59,7 +59,7 @@ def main(out: Path, specs: list[str]) -> None:
         evaluator = evaluation.Evaluator(setup, dataset, shardings)
         placed = jax.device_put(params, shardings)
         kept, sink = by_steps()
-        cells = evaluation.cells(setup, evaluation.Grid(steps=(NUM_STEPS,)))
+        cells = grid.cells(setup, grid.Grid(steps=(NUM_STEPS,)))
         found = evaluator.run(placed, 0, cells, sink=sink)
         noise = initial_noise(setup, shardings, config.eval.batch_size)
         samples = kept[NUM_STEPS]
