@@ -89,6 +89,14 @@ def test_adm_and_pytorch_fid_scale_differently(samples):
     assert np.abs(seen("adm", samples) - seen("pytorch_fid", samples)).max() > 0.02
 
 
+def test_what_is_done_to_samples_before_is_part_of_a_protocol():
+    rules = {p.name: p.quantise for p in (*INCEPTION.values(), *DINOV2.values(), PLAIN)}
+    assert rules == {
+        "adm": "truncate", "pytorch_fid": "round", "clean": "round", "authors": "none",
+        "edm2": "round", "dgm_eval": "round", "plain": "round",
+    }  # fmt: skip
+
+
 def test_only_the_authors_add_to_the_diagonal():
     offsets = {p.name: p.offset for p in (*INCEPTION.values(), *DINOV2.values(), PLAIN) if p.offset}
     assert offsets == {"authors": 1e-6}
