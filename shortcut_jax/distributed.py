@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from shortcut_jax import roll_call
 from shortcut_jax.errors import UserError
 
 AGREE_SECONDS = 1800  # one process may read a large data set for the first time, the rest wait
+SEE_SECONDS = 60  # until every process sees a file that another has written
 LINGER_SECONDS = 10  # how long a process that failed waits for the others to end as well
 
 
@@ -202,6 +204,22 @@ def agree(facts: Mapping[str, Any]) -> None:
                 f"process {index} was started with something else ({'; '.join(lines)}); expected "
                 "the same command, code and data on every host: start all of them the same way."
             )
+
+
+def check_shared(folder: str | os.PathLike[str], name: str) -> None:
+    """Refuses a folder in which some processes do not see what process 0 wrote there (UserError).
+
+    To be called when process 0 has written it, which `together` makes sure of.
+    """
+    path, patience = Path(folder) / name, time.monotonic() + SEE_SECONDS
+    with together():
+        while not path.exists():  # network file systems may remember that it was not there
+            if time.monotonic() > patience:
+                raise UserError(
+                    f"{folder} is not shared: a process does not see {name} there, which process 0 "
+                    "wrote; expected a folder that all hosts see: use a network file system."
+                )
+            time.sleep(0.5)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
 FINISHED = "finished.json"  # written when the last checkpoint is durable
-SECONDS_TO_SEE = 60  # until every process sees a file that another has written
 CONVERTED = "converted_from"  # in the data position of a checkpoint that no training wrote
 
 
@@ -168,27 +166,6 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
                 f"--workdir={workdir} cannot be written ({error}); expected a folder that can be "
                 "created and written to: choose another one or mend its permissions."
             ) from error
-
-
-def check_shared(setup: Setup, workdir: str | os.PathLike[str], dataset: Dataset) -> None:
-    """Refuses processes with other data or weights, or that do not see what process 0 wrote.
-
-    To be called after `claim_workdir`.
-
-    Raises:
-      UserError: naming the process.
-    """
-    distributed.agree({"fingerprint of the data": dataset.fingerprint, **setup.space.record()})
-    path, patience = Path(workdir) / "config.json", time.monotonic() + SECONDS_TO_SEE
-    with distributed.together():
-        while not path.exists():  # network file systems may remember that it was not there
-            if time.monotonic() > patience:
-                raise UserError(
-                    f"--workdir={workdir} is not shared: process {jax.process_index()} does not "
-                    "see what process 0 wrote there; expected a folder that all hosts see: use a "
-                    "network file system."
-                )
-            time.sleep(0.5)
 
 
 def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:

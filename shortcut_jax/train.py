@@ -172,7 +172,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     with clock.phase("start"), distributed.together():
         train_data, images = run.open_data(setup)
         run.claim_workdir(config, workdir)
-    run.check_shared(setup, workdir, train_data)
+    distributed.agree({"fingerprint of the data": train_data.fingerprint, **setup.space.record()})
+    distributed.check_shared(workdir, "config.json")
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
     if objective.teacher == "pairs":
         assert origins.teacher is not None  # `pretrained.find` has refused a config without one
@@ -220,6 +221,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     with clock.phase("compile"):
         compiled = program.compile()
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
+    distributed.gather("compiled")  # gloo waits 30 s, no more, for the first step of the others
 
     ##################################################################################
     #  Loop. Do not change the order: evaluate -> save (-> leave) -> next batch -> step -> log.

@@ -165,3 +165,12 @@ def test_a_deadline_ends_what_cannot_be_interrupted(run_python):
     )
     done = run_python(["-c", code], timeout=25)
     assert (done.returncode, done.stderr) == (2, "error: it took too long.\n")
+
+
+def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "SEE_SECONDS", 0)
+    (tmp_path / "config.json").touch()
+    distributed.check_shared(tmp_path, "config.json")
+    with pytest.raises(UserError) as error:
+        distributed.check_shared(tmp_path / "local", "config.json")
+    assert_sentence(str(error.value), [str(tmp_path / "local"), "is not shared", "config.json"])
