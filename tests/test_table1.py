@@ -154,6 +154,8 @@ def test_values_are_gathered_over_seeds():
 SMALL = "--config=configs/digits.py:small"
 LONGER = "--config.total_steps=24"  # the student of half of 8 would have fewer steps than stages
 ROWS = "flow_matching,progressive_distillation"
+# Most of the time goes to compiling, and no number here is compared with one compiled otherwise.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def table(run_python, tmp_path_factory):
     """Workdir and output of a table with a teacher, two rows and two seeds."""
     workdir = tmp_path_factory.mktemp("table")
     flags = [SMALL, LONGER, f"--workdir={workdir}", f"--rows={ROWS}", "--seeds=2"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags], timeout=300)
+    done = run_python(["-m", "shortcut_jax.table1", *flags], QUICK, timeout=300)
     assert done.returncode == 0
     return workdir, done.stdout
 
@@ -203,7 +205,7 @@ def test_started_again_it_does_what_is_missing_alone(table, run_python, tmp_path
     redone.unlink()
     (workdir / "table1.json").unlink()
     flags = [SMALL, LONGER, f"--workdir={workdir}", "--rows=flow_matching", "--seeds=2"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags])
+    done = run_python(["-m", "shortcut_jax.table1", *flags], QUICK)
     assert done.returncode == 0 and "Compiled the step" not in done.stderr  # nothing was trained
     assert kept.stat().st_mtime_ns == stamp
     assert json.loads(redone.read_text())["records"] == before["records"]
@@ -268,7 +270,7 @@ def test_dry_run_of_the_table_writes_nothing(run_python, tmp_path):
 
 def test_ablations(run_python, tmp_path):
     flags = [SMALL, f"--workdir={tmp_path}", "--only=default,online_targets"]
-    done = run_python(["-m", "shortcut_jax.ablations", *flags], timeout=300)
+    done = run_python(["-m", "shortcut_jax.ablations", *flags], QUICK, timeout=300)
     assert done.returncode == 0
     assert "| `online_targets` (1) |" in done.stdout
     found = json.loads((tmp_path / "ablations.json").read_text())
