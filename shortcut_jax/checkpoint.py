@@ -148,15 +148,16 @@ class Checkpoints:
         Raises:
           UserError: it is missing, unreadable or not what was saved.
         """
-        return {k: v for k, v in self._whole_meta(step).items() if k != CHECKSUMS}
+        meta = self._whole_meta(step)
+        for part in ("config", "data", "clock"):
+            if not isinstance(meta.get(part), dict):
+                raise self._unreadable(step, f"metadata: {part} is {meta.get(part)!r:.50}")
+        return {k: v for k, v in meta.items() if k != CHECKSUMS}
 
     def _whole_meta(self, step: int) -> dict[str, Any]:
         path = self.directory / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
-            for part in ("config", "data", "clock"):
-                if not isinstance(meta[part], dict):
-                    raise TypeError(f"{part} is {meta[part]!r:.50}")
             if CHECKSUMS in meta:  # older versions wrote none
                 rest = {k: v for k, v in meta.items() if k != CHECKSUMS}
                 if checksums.of_json(rest) != meta[CHECKSUMS]["rest"]:

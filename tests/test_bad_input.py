@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from configs import digits, fashion_mnist
 from shortcut_jax import (
     checkpoint,
+    checksums,
     config_flag,
     main,
     metrics,
@@ -558,14 +559,25 @@ def change_data(step: Path) -> None:
     path = step / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["data"]["dataset"] = "0123456789abcdef"
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(with_checksum(meta)))
 
 
 def change_config(step: Path) -> None:
     path = step / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["config"]["model.depth"] = 7
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(with_checksum(meta)))
+
+
+def flip_meta(step: Path) -> None:
+    path = step / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"model.depth": 1', '"model.depth": 9'))
+
+
+def with_checksum(meta: dict[str, Any]) -> dict[str, Any]:
+    rest = {k: v for k, v in meta.items() if k != checkpoint.CHECKSUMS}
+    sums = {**meta[checkpoint.CHECKSUMS], "rest": checksums.of_json(rest)}
+    return {**rest, checkpoint.CHECKSUMS: sums}
 
 
 UNREADABLE = ("checkpoint", "cannot be read", "expected a whole checkpoint", "move that directory")
@@ -578,6 +590,7 @@ UNREADABLE = ("checkpoint", "cannot be read", "expected a whole checkpoint", "mo
         (remove_state, UNREADABLE),
         (cut_state, UNREADABLE),
         (replace_all, UNREADABLE),
+        (flip_meta, (*UNREADABLE, "checksum")),
         (change_data, ("other data", "0123456789abcdef", "restore that data", "--workdir")),
         (change_config, ("another config", "model.depth: 7 -> 1", "Use that config")),
     ],

@@ -190,7 +190,7 @@ def test_a_teacher_with_a_damaged_checkpoint(monkeypatch, flow, tmp_path, object
         if path.is_file():
             path.write_bytes(path.read_bytes()[:50])
     before = contents(teacher)
-    monkeypatch.setattr(metrics, "load_extractor", lambda name: None)
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_: None)
     with pytest.raises(UserError) as error:
         train.train(small(objective, teacher=str(teacher)), tmp_path / "run")
     assert_sentence(str(error.value), (str(teacher / "checkpoints" / "2"), "cannot be read"))

@@ -17,7 +17,7 @@ from shortcut_jax import config as config_lib
 from shortcut_jax import data, objectives, run, train, validation
 from shortcut_jax.data import fashion_mnist
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics import classifier, fid
+from shortcut_jax.metrics import classifier, dinov2, fid
 from shortcut_jax.metrics.protocols import PLAIN
 from shortcut_jax.models import dit
 from tests.sentences import assert_sentence
@@ -362,8 +362,8 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
         }
     )  # fmt: skip
     if latents:
-        files = {"inception_weights": "random", "allow_small_n": True}
-        config.eval.update(metrics=("fid",), **files)
+        files = {"inception_weights": "random", "dinov2_weights": "random", "allow_small_n": True}
+        config.eval.update(metrics=("fid", "fd_dinov2"), **files)
 
     def toy_images(builder):
         assert str(builder._idx_dir) == config.data.idx_dir
@@ -378,12 +378,12 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     monkeypatch.setattr(validation, "validate", lambda config, image_shape: None)
     monkeypatch.setattr(validation, "check_devices", lambda config, n, slices: (n, 1))
     monkeypatch.setattr(config_lib, "flatten", lambda config: flat)
-    for module in (classifier, fid):
+    for module in (classifier, dinov2, fid):
         monkeypatch.setattr(module, "load_extractor", lambda *_, **options: NoExtractor())
     read: set[str] = set()
     train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
 
-    if "config.eval.steps" in source("evaluation.py"):  # of checkpoints, not in the loop
+    if "section.steps" in source("grid.py"):  # of checkpoints, not in the loop
         read.add("eval.steps")
     read |= {f"mesh.{axis}" for axis in ("data", "fsdp")}  # by mesh_shape, tested above
     assert flat.keys() - read == set()

@@ -14,6 +14,8 @@ from shortcut_jax import (
     checkpoint,
     conversion,
     evaluation,
+    evaluation_report,
+    grid,
     parameters,
     run,
     sampling,
@@ -23,6 +25,7 @@ from shortcut_jax import (
     train,
 )
 from shortcut_jax.errors import UserError
+from tests.kept_samples import by_steps
 from tests.sentences import assert_sentence, contents
 from tests.untrained_runs import param_shapes, small
 
@@ -235,8 +238,10 @@ def test_the_evaluation_command_takes_the_names(tracked, run_python, tmp_path):
     with np.load(samples) as found:
         for name, same in (("power_0.15", True), ("power_0.1", False)):
             params, shardings = run.restore_params(setup, tracked.checkpoints, 8, name)
-            drawn = evaluation.Evaluator(setup, None, shardings).run(params, 8, (1,), keep=50)
-            assert np.array_equal(found["arr_0"], drawn.samples[1]) == same
+            kept, sink = by_steps()
+            ways = grid.cells(setup, grid.Grid(steps=(1,)))
+            evaluation.Evaluator(setup, None, shardings).run(params, 8, ways, sink=sink)
+            assert np.array_equal(found["arr_0"], kept[1].images) == same
 
     config, before = small("flow_matching", **{"eval.params": "ema_0.7"}), contents(workdir)
     with pytest.raises(UserError) as error:
@@ -269,11 +274,11 @@ def toy_run(monkeypatch):
         def __init__(self, *_):
             pass
 
-        def run(self, params, step, steps):
+        def run(self, params, step, ways):
             seen[step] = flatten_dict(jax.device_get(params))
 
     monkeypatch.setattr(evaluation, "Evaluator", Recorder)
-    monkeypatch.setattr(evaluation, "report", lambda *_: None)
+    monkeypatch.setattr(evaluation_report, "report", lambda *_: None)
     monkeypatch.setattr(state, "build_network", lambda config, objective: Toy())
 
     def run(workdir, **overrides):

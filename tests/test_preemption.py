@@ -16,8 +16,8 @@ TOTAL, LEAVES = 4, 2
 @pytest.fixture(scope="module", autouse=True)
 def fast_compile():
     with pytest.MonkeyPatch.context() as patch:
-        options = {**state.compiler_options(), "xla_backend_optimization_level": "0"}
-        patch.setattr(state, "compiler_options", lambda: options)
+        options = {**state.compiler_options("cpu"), "xla_backend_optimization_level": "0"}
+        patch.setattr(state, "compiler_options", lambda platform: options)
         yield
 
 

@@ -22,14 +22,12 @@ from tests.data.test_workers import all_end, children
 class NoExtractor:
     """Nothing here measures samples."""
 
-    sha256 = ""
-
 
 @pytest.fixture(autouse=True)
 def any_metric(monkeypatch):
-    spec = dataclasses.replace(metrics.METRICS["fd_digits"], image_shape=(16, 16, 3))
-    monkeypatch.setitem(metrics.METRICS, "fd_digits", spec)
-    monkeypatch.setattr(metrics, "load_extractor", lambda name: NoExtractor())
+    spec = dataclasses.replace(metrics.EXTRACTORS["fd_digits"], image_shape=(16, 16, 3))
+    monkeypatch.setitem(metrics.EXTRACTORS, "fd_digits", spec)
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_: NoExtractor())
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def main(arguments: dict[str, Any]) -> None:
 
     torch.set_num_threads(arguments["threads"])
     # Given a path, it loads the file with torch.load.
-    with np.load(arguments["weights"]) as arrays:
+    with np.load(arguments["weights"], allow_pickle=False) as arrays:
         weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     with mock.patch("torch.load", lambda *_, **__: weights):
         network = FeatureExtractorInceptionV3(
