@@ -29,6 +29,22 @@ def photographs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def stand_in(tmp_path: Path) -> Callable[[str, str], Path]:
+    """`stand_in(NAME, SCRIPT)` puts an executable first on the PATH that `stand_in.env` has."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def make(name: str, script: str) -> Path:
+        path = folder / name
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    make.env = {"PATH": f"{folder}:{os.environ['PATH']}", "AT": str(tmp_path)}
+    return make
+
+
+@pytest.fixture
 def quick_compile() -> Iterator[None]:
     """Programs compile in less time and run in more: for tests that compare no number."""
     import jax
