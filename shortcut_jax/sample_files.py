@@ -89,11 +89,9 @@ class Pngs:
 
     def close(self) -> None:
         """Writes the labels."""
-        lines = [
-            f"{i:06}.png,{label}"
-            for i, label in enumerate(np.load(self._labels, allow_pickle=False))
-        ]
-        write_atomically(self.path / "labels.csv", "\n".join(["path,label", *lines, ""]).encode())
+        labels = np.load(self._labels, allow_pickle=False)
+        lines = ["path,label", *(f"{i:06}.png,{label}" for i, label in enumerate(labels)), ""]
+        write_atomically(self.path / "labels.csv", "\n".join(lines).encode())
         self._labels.unlink()
 
 

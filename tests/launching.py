@@ -10,7 +10,7 @@ RUN = ["--", "--config=configs/digits.py:small", "--workdir=runs/x"]  # flags of
 TPU = ["--name=sj", "--zone=z", "--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"]
 
 
-def launch(script, *args, env=None, root=ROOT, timeout=120):
+def launch(script, *args, env=None, root=ROOT, timeout=250):
     """A launcher as a process; nothing that it started is left behind."""
     command, variables = ["bash", f"launch/{script}", *args], {**os.environ, **(env or {})}
     with subprocess.Popen(

@@ -279,7 +279,7 @@ def toy_run(monkeypatch):
 
     monkeypatch.setattr(evaluation, "Evaluator", Recorder)
     monkeypatch.setattr(evaluation_report, "report", lambda *_: None)
-    monkeypatch.setattr(state, "build_network", lambda config, objective: Toy())
+    monkeypatch.setattr(state, "build_network", lambda *_: Toy())
 
     def run(workdir, **overrides):
         loop = {"eval.every": 4, "eval.params": "power_0.1", "log.tensorboard": False}
