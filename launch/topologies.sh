@@ -10,12 +10,14 @@ for topology in "$@"; do
   batch=256
   if [ "$topology" = v5e:16x16 ]; then batch=1024; fi  # groups of 4 rows on every device
   for size in b xl; do
+    if [ "$size" = xl ]; then remat=dots; else remat=none; fi
     for axes in "-1 1" "1 -1"; do
       read -r data fsdp <<< "$axes"
       # Scanned, because compiling 12 or 28 blocks one by one takes many times as long.
       python -m shortcut_jax.main --config="configs/imagenet.py:$size" --dry_run \
         --topology="$topology" --report="$reports" --config.batch_size="$batch" \
-        --config.model.scan_layers=True --config.mesh.data="$data" --config.mesh.fsdp="$fsdp"
+        --config.model.scan_layers=True --config.model.remat="$remat" \
+        --config.mesh.data="$data" --config.mesh.fsdp="$fsdp"
     done
   done
 done

@@ -68,7 +68,7 @@ def test_a_report_replaces_that_of_the_same_step(compiled, tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [(r["batch_size"], r["seconds"]) for r in rows] == [(32, 9.0), (64, row["seconds"])]
     text = topology_table.table(rows)
-    assert text.count("\n") == 4 and "| DiT 32x1/2 | cpu:8 | 8 | 1 x 8 | 64 | no |" in text
+    assert text.count("\n") == 4 and "| DiT 32x1/2 | cpu:8 | 8 | 1 x 8 | 64 | no | none |" in text
 
 
 # ------------------------------------------------------------------ what is asked for
