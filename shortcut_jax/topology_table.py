@@ -38,15 +38,16 @@ with `:xl` for DiT-XL, `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp,
 `--config.model.scan_layers=True` where "scanned" is yes and `--config.model.remat` as it says;
 `bash launch/topologies.sh` makes all rows of the machines it is given, which takes long: what is
 missing here was not compiled. Memory is the peak on one device, or what is needed where it does not
-fit, beside what the compiler has there. "Sent" is the bytes of the results of a step's collectives on a device.
+fit, beside what the compiler has there. "Sent" is the bytes of the results of a step's collectives
+on a device.
 FLOPs are left out where layers are scanned: the compiler counts the body of a loop once. The last
 column is a batch that fits by the same compilation, all memory but the train state taken to grow
 with it.
 
 """
 COLUMNS = (
-    "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "peak / there is, GiB", "fits",
-    "sent", "TFLOPs", "compiled in, s", "a batch that fits",
+    "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "peak / there is, GiB",
+    "fits", "sent", "TFLOPs", "compiled in, s", "a batch that fits",
 )  # fmt: skip
 
 
