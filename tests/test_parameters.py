@@ -258,6 +258,9 @@ class Toy:
 
     dtype = np.float32
 
+    def clone(self, **_):
+        return self
+
     def init(self, *_):
         return {"params": {"a": jnp.float32(0.5), "inner": {"b": jnp.float32(-0.2)}}}
 
