@@ -256,7 +256,7 @@ def test_the_evaluation_command_takes_the_names(tracked, run_python, tmp_path):
 class Toy:
     """A network v(x) = a x + b, so that nothing takes long to compile."""
 
-    dtype = np.float32
+    dtype, scan_layers = np.float32, False
 
     def clone(self, **_):
         return self
@@ -329,7 +329,7 @@ def test_snapshots_later_than_the_checkpoint_are_made_again(toy_run, tmp_path):
     again, _ = toy_run(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, again, final)
     assert stores(tmp_path)[1].steps() == list(range(1, 9))
-    assert marked.read_text() == "{}"
+    assert json.loads(marked.read_text()).keys() == {"checksums"}
     assert before == {step: contents(tmp_path / "snapshots" / str(step)) for step in range(1, 5)}
 
     # What is tracked cannot be changed on the way: the averages would be of something else.
