@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tests.golden import make_inception
+from tests.golden.torchvision_shim import define_operators
 
 FILE = Path(__file__).with_name("end_to_end.json")
 SIDE = 48
@@ -60,9 +61,7 @@ def exact_distance(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> None:
     import torch
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_operators(torch)
     import torch_fidelity
     from torch_fidelity import feature_extractor_inceptionv3 as peer
 

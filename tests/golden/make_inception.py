@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from shortcut_jax.metrics import inception_weights
+from tests.golden.torchvision_shim import define_operators
 
 FILE = Path(__file__).with_name("inception.npz")
 PROTOCOLS = ("tensorflow", "pytorch_fid")
@@ -57,11 +58,7 @@ def summary(activations: np.ndarray) -> np.ndarray:
 def main() -> None:
     import torch
 
-    # torchvision, which torch-fidelity imports, registers these two without asking whether its
-    # compiled part, made for CUDA, could be loaded.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_operators(torch)
     from torch_fidelity import feature_extractor_inceptionv3 as peer
     from torch_fidelity import version
 

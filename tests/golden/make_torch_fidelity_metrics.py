@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from shortcut_jax.metrics.inception_weights import random_array
+from tests.golden.torchvision_shim import define_operators
 
 FILE = Path(__file__).with_name("torch_fidelity_metrics.json")
 
@@ -49,10 +50,7 @@ def _uniform(name: str, shape: tuple[int, int]) -> np.ndarray:
 def main() -> None:
     import torch
 
-    # See make_inception.py.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_operators(torch)
     from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc, version
 
     found: dict[str, dict[str, float]] = {}
