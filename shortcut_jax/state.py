@@ -77,7 +77,7 @@ def init_params(network: DiT, image_shape: tuple[int, int, int], seed: int) -> A
     """Fresh parameters, float32, from the stream "init": the same whether layers are scanned."""
     one = jnp.zeros(1)
     key = rng.stream(seed, "init", 0)
-    unrolled = network.clone(scan_layers=False)
+    unrolled = network.clone(scan_layers=False, rows=None)
     params = unrolled.init(key, jnp.zeros((1, *image_shape)), one, one, one.astype(jnp.int32))
     return layers.stack(params["params"]) if network.scan_layers else params["params"]
 

@@ -53,6 +53,7 @@ class DiT(nn.Module):
     residual_barrier: bool = False  # same values; see Block._residual
     remat: Literal["none", "full", "dots"] = "none"  # same values; see REMAT
     scan_layers: bool = False  # same values; one traced block, parameters as in `layers.stack`
+    rows: Any = None  # sharding of the rows, held on to between blocks; None leaves it open
     dtype: Any = jnp.float32  # of the matrix products; parameters are float32
 
     @nn.compact
@@ -74,14 +75,14 @@ class DiT(nn.Module):
         tokens = patchify(x, p)  # [B, T, p*p*C], T = grid**2
         tokens = dense(self.hidden_size, self.dtype, name="patch_embed")(tokens)  # [B, T, h]
         tokens = tokens + sincos_position_embedding(self.hidden_size, grid)
-        tokens = tokens.astype(self.dtype)
+        tokens = self._by_rows(tokens.astype(self.dtype))
 
         c = SinusoidMLP(self.hidden_size, self.dtype, name="t_embed")(t * self.time_scale)
         c += SinusoidMLP(self.hidden_size, self.dtype, name="d_embed")(self._step_input(d))
         c += nn.Embed(
             self.num_classes + 1, self.hidden_size, embedding_init=TABLE_INIT, name="label_embed"
         )(labels)
-        c = nn.silu(c)  # [B, h] float32
+        c = self._by_rows(nn.silu(c))  # [B, h] float32
 
         block = functools.partial(
             self._block(),
@@ -94,7 +95,7 @@ class DiT(nn.Module):
         )
         if self.scan_layers:
             tokens, _ = nn.scan(
-                lambda one, x, c: (one(x, c), None),
+                lambda one, x, c: (self._by_rows(one(x, c)), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,
@@ -102,12 +103,17 @@ class DiT(nn.Module):
             )(block(name=layers.STACKED), tokens, c)
         else:
             for i in range(self.depth):
-                tokens = block(name=f"{layers.PREFIX}{i}")(tokens, c)
+                tokens = self._by_rows(block(name=f"{layers.PREFIX}{i}")(tokens, c))
 
         shift, scale = modulation(2, self.hidden_size, "zero", self.dtype, name="modulation")(c)
         tokens = modulate(layer_norm(tokens), shift, scale).astype(self.dtype)
         tokens = dense(p * p * channels, self.dtype, init="zero", name="output")(tokens)
         return unpatchify(tokens, p, grid).astype(jnp.float32)
+
+    def _by_rows(self, x: jax.Array) -> jax.Array:
+        # Else the compiler may split activations like the parameters they meet under fsdp, and
+        # hold every row on every device.
+        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
     def _block(self) -> type[nn.Module]:
         if self.remat == "none":

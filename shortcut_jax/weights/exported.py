@@ -22,7 +22,7 @@ from shortcut_jax.weights.tables import flatten, unflatten
 
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 VERSION = 1
-_NOT_ARCHITECTURE = ("parent", "name", "dtype", "residual_barrier", "remat", "scan_layers")
+_NOT_ARCHITECTURE = ("parent", "name", "dtype", "residual_barrier", "remat", "scan_layers", "rows")
 
 CONVENTIONS = {
     "t": "time in [0, 1]: 0 is noise, 1 is data",
