@@ -18,6 +18,7 @@ from shortcut_jax.image_sets import open_images
 from shortcut_jax.metrics import fid, gauges, inception, references
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.protocols import INCEPTION
+from shortcut_jax.metrics.summaries import Moments
 from tests.golden import make_end_to_end as end_to_end
 from tests.golden import make_inception as golden
 
@@ -233,6 +234,11 @@ def test_features_do_not_depend_on_the_devices(one_by_one, run_python, tmp_path)
         assert {*two.files} == {*one_by_one, "devices"}
         for name, expected in one_by_one.items():
             assert error(two[name], expected) <= DEVICE_TOLERANCE, name
+        # Each device computes an image as one device does, and sums are made in their order.
+        sums = [Moments(), Moments()]
+        for moments, outputs in zip(sums, (one_by_one, two), strict=True):
+            moments.update(outputs["features"])
+        np.testing.assert_allclose(sums[0].cov, sums[1].cov, rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------ from files to numbers
