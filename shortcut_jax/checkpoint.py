@@ -158,6 +158,8 @@ class Checkpoints:
         path = self.directory / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
+            if not isinstance(meta, dict):
+                raise TypeError(f"it holds a {type(meta).__name__}")
             if CHECKSUMS in meta:  # older versions wrote none
                 rest = {k: v for k, v in meta.items() if k != CHECKSUMS}
                 if checksums.of_json(rest) != meta[CHECKSUMS]["rest"]:
