@@ -158,6 +158,7 @@ class Evaluator:
         # Samples that are not in the sink must be drawn again.
         stored = partial.load() if sink is None or sink.resumes else {}
         begin = int(stored.get("next", 0))
+        distributed.agree({"first sample to draw": begin})  # all read it from one folder
         pictures = [stored["pictures"]] if begin else []
         for i, collection in enumerate(collections if begin else []):
             prefix = f"{i}/"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shortcut_jax.data.image_files import Entry, Files, Source
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import sha256_of
 from shortcut_jax.metrics import references
 
 ARRAY = "arr_0"  # what numpy calls an array without a name, and ADM's samples are
@@ -36,14 +37,15 @@ def open_images(path: Path, channels: int = 3) -> Dataset:
 
 
 def _from_npz(path: Path, channels: int) -> Dataset:
-    found = references.read_npz(path)
-    if ARRAY not in found:
+    names = references.npz_names(path)
+    if ARRAY not in names:
         raise UserError(
-            f"{path} holds {', '.join(sorted(found)) or 'nothing'}; expected images in {ARRAY}: "
+            f"{path} holds {', '.join(sorted(names)) or 'nothing'}; expected images in {ARRAY}: "
             "give such a file."
         )
-    images = check_images(found[ARRAY], f"{path}, {ARRAY}", channels)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # 50,000 images of 256x256 are 10 GB: they are in memory once.
+    images = check_images(references.read_npz(path, [ARRAY])[ARRAY], f"{path}, {ARRAY}", channels)
+    digest = sha256_of(path)
     return _dataset(path, images.shape[1:], len(images), digest, lambda i: {"image": images[i]})
 
 
@@ -77,7 +79,7 @@ def check_images(images: NDArray[Any], where: str, channels: int = 3) -> NDArray
             else "clip it, if that is meant"
         )  # fmt: skip
         raise UserError(f"{where} is float and in [{low:.4g}, {high:.4g}]; {expected}: {fix}.")
-    return images.astype(np.float32)
+    return images.astype(np.float32, copy=False)
 
 
 def _from_files(path: Path, channels: int) -> Dataset:

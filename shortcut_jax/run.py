@@ -1,6 +1,7 @@
 """A run: its parts before training or evaluation, and what its workdir and checkpoints say."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -334,6 +335,7 @@ def versions() -> dict[str, str]:
     return found | {"commit": commit()}
 
 
+@functools.cache  # a process is of one commit, and every number is written with it
 def commit() -> str:
     """The commit of the source tree, "+dirty" if it was changed, or "unknown"."""
     here = Path(__file__).parent

@@ -267,7 +267,7 @@ def calc() -> None:
     _check_metrics(section)
     images = image_sets.open_images(Path(FLAGS.images), _channels(section))
     _check_set(images, FLAGS.images, section)
-    stored = path.suffix == ".npz" and "about" in references.read_npz(path)
+    stored = path.suffix == ".npz" and "about" in references.npz_names(path)
     there = references.load(path) if stored else []
     other = None if stored else _of_images(path, section)
     if FLAGS.out:
@@ -350,18 +350,19 @@ def _of_dataset(
 
 def _of_images(path: Path, section: Mapping[str, Any]) -> Callable[[], list[references.Reference]]:
     """Checks images, or statistics of others, and returns what makes a reference of them."""
-    arrays = references.read_npz(path) if path.suffix == ".npz" else {}
+    names = references.npz_names(path) if path.suffix == ".npz" else []
     images = None
-    if not arrays or image_sets.ARRAY in arrays:
+    if "mu" not in names or image_sets.ARRAY in names:
         images = image_sets.open_images(path, _channels(section))
-    if "mu" not in arrays:
-        assert images is not None  # `open_images` has refused what has neither
+    if "mu" not in names:
+        assert images is not None
         return _of_dataset(images, section, workers=0)
     if images is None and not FLAGS.image_size:
         raise UserError(
             f"{path} holds mu and sigma, but not the size of the images behind them; expected it, "
             "so that others are refused: give --image_size=256, for example."
         )
+    arrays = references.read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"))
     size = FLAGS.image_size
     facts = {
         "image_shape": list(images.image_shape if images else (size, size, 3)),

@@ -47,10 +47,6 @@ def flags_of(module, seen=None):
     return found.union(*(flags_of(name, seen) for name in imported))
 
 
-DISTRIBUTED = {"coordinator", "num_processes", "process_id"} <= flags_of("shortcut_jax.main")
-needs_processes = pytest.mark.skipif(not DISTRIBUTED, reason="main has no --coordinator")
-
-
 def test_the_programs_have_the_flags_that_are_used():
     used = set()
     for text in EXPECTED.values():
@@ -59,8 +55,6 @@ def test_the_programs_have_the_flags_that_are_used():
         for module, flags in re.findall(r"-m (shortcut_jax\.\w+)((?: '?--[\w.]+[^\n]*)?)", words):
             used |= {(module, flag) for flag in re.findall(r"--(\w+)", flags)}
     assert {("shortcut_jax.main", "workdir"), ("shortcut_jax.cache_latents", "out")} <= used
-    if not DISTRIBUTED:  # they are used for several processes alone
-        used -= {("shortcut_jax.main", f) for f in ("coordinator", "num_processes", "process_id")}
     assert {(m, f) for m, f in used if f not in flags_of(m)} == set()
 
 
@@ -294,7 +288,6 @@ def test_local_trains_and_a_slurm_job_goes_on(slurm, tmp_path):
     assert steps_logged(tmp_path / "run") == [2, 4, 6, 8, 10, 12]
 
 
-@needs_processes
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch"])
 def test_two_processes_train(slurm, tmp_path, script):

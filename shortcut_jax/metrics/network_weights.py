@@ -80,14 +80,14 @@ class Network:
             raise UserError(
                 f"eval.{self.key}_weights={weights!r} is not a file; expected {self.what}: "
                 f"python -m shortcut_jax.download {self.published} --out=FILE fetches it; set that "
-                "key, in the config file, to its path."
+                "key of the config file, or the flag of that name, to its path."
             )
         found, expected = sha256_of(Path(weights)), sha256 or self.sha256
         if found != expected:
             raise UserError(
                 f"eval.{self.key}_weights={weights} has sha256 {found}, expected {expected}: get "
-                f"the file again, or set eval.{self.key}_sha256 if other weights are meant, whose "
-                f"distances are then not called {self.metric}."
+                f"the file again, or set eval.{self.key}_sha256 or that flag if other "
+                f"weights are meant, whose distances are then not called {self.metric}."
             )
 
     def load(

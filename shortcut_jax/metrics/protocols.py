@@ -19,7 +19,6 @@ class Protocol(NamedTuple):
     Attributes:
         name: key of its registry.
         quantise: key of `QUANTISE`.
-        size: rows and columns of what the network sees; None leaves images as they are.
         rule: of `resize.interpolation_matrix`, or `PILLOW`; "none" leaves images as they are.
         scale: grey levels 0..255 -> what the network sees, jax arrays.
         text: what is done to grey levels, in words, for the record of a number.
@@ -28,7 +27,6 @@ class Protocol(NamedTuple):
 
     name: str
     quantise: str
-    size: int | None
     rule: str
     scale: Callable[[Any], Any]
     text: str
@@ -52,7 +50,7 @@ def _clipped(v: Any) -> Any:
 
 
 # Of the small classifiers, for images of one size.
-PLAIN = Protocol("plain", "round", None, "none", _symmetric, "none")
+PLAIN = Protocol("plain", "round", "none", _symmetric, "none")
 
 # Of the Inception network.
 INCEPTION = {
@@ -61,22 +59,22 @@ INCEPTION = {
         # openai/guided-diffusion, evaluations/evaluator.py, and its samplers. The graph is
         # TensorFlow's, which torch-fidelity reproduces.
         Protocol(
-            "adm", "truncate", 299, "corner", _centred,
+            "adm", "truncate", "corner", _centred,
             "299x299, bilinear TF1 (corner); (v-128)/128",
         ),
         # mseitzer/pytorch-fid, on files as people save them.
         Protocol(
-            "pytorch_fid", "round", 299, "half_pixel", _symmetric,
+            "pytorch_fid", "round", "half_pixel", _symmetric,
             "299x299, bilinear half-pixel; v/127.5-1",
         ),
         # GaParmar/clean-fid, mode "clean".
         Protocol(
-            "clean", "round", 299, "pil_bicubic", _clipped_centred,
+            "clean", "round", "pil_bicubic", _clipped_centred,
             "299x299, bicubic antialiased (Pillow, float), clipped; (v-128)/128",
         ),
         # kvfrans/shortcut-models, helper_inference.py and utils/fid.py: what the paper reports.
         Protocol(
-            "authors", "none", 299, "half_pixel", _clipped,
+            "authors", "none", "half_pixel", _clipped,
             "299x299, bilinear half-pixel; [-1, 1], clipped", offset=1e-6,
         ),
     )
@@ -98,12 +96,12 @@ DINOV2 = {
     for protocol in (
         # calculate_metrics.py of NVlabs/edm2, as it is run.
         Protocol(
-            "edm2", "round", 224, "pil_bicubic", _imagenet,
+            "edm2", "round", "pil_bicubic", _imagenet,
             "224x224, bicubic antialiased, in float; v/255, ImageNet mean and std",
         ),
         # layer6ai-labs/dgm-eval, the code of Stein et al., as it is run.
         Protocol(
-            "dgm_eval", "round", 224, PILLOW, _imagenet,
+            "dgm_eval", "round", PILLOW, _imagenet,
             "224x224, bicubic antialiased (Pillow), rounded to uint8; v/255, ImageNet mean and std",
         ),
     )

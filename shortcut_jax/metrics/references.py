@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import replacing
+from shortcut_jax.files import replacing, sha256_of
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics.frechet import Stats
 from shortcut_jax.metrics.gauges import Gauge, Key
@@ -199,21 +199,36 @@ def foreign(
             stats = Stats(found[mean].astype(np.float64), found[cov].astype(np.float64))
             _check_stats(path, mean, stats)
             summaries[Key("moments", output)] = stats
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    fingerprint = sha256_of(path)[:16]
     return Reference(
-        {**identity(gauge), **facts, "source": path.name, "fingerprint": digest[:16]}, summaries
+        {**identity(gauge), **facts, "source": path.name, "fingerprint": fingerprint}, summaries
     )
 
 
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an .npz; nothing in it is executed.
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays in an .npz, none of which is read (UserError as `read_npz`)."""
+    return list(_read_npz(path, lambda name: False))
+
+
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Arrays of an .npz; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        names: of the arrays to read, which may be large; those that it lacks are left out. None
+            reads all.
 
     Raises:
         UserError: it is missing, truncated, or no such file.
     """
+    found = _read_npz(path, lambda name: names is None or name in names)
+    return {name: array for name, array in found.items() if array is not None}
+
+
+def _read_npz(path: Path, wanted: Callable[[str], bool]) -> dict[str, NDArray[Any] | None]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] if wanted(name) else None for name in arrays.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read as an .npz file ({' '.join(str(error).split())}); expected a "
