@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from shortcut_jax import flops
 from shortcut_jax.collectives import by_kind, collectives
 
 # Optimisation of the machine code takes half of the time and comes after the layout is decided.
@@ -183,22 +185,13 @@ def test_data_parallel_step_only_sums_gradients(compiled, name):
 # ------------------------------------------------------------------ no wasted arithmetic
 
 
-def forward_flops(tokens, hidden, depth, patch_dim):
-    """FLOPs of the matrix products for one row of a DiT, 2 per multiply-add."""
-    block = 24 * tokens * hidden**2 + 4 * tokens**2 * hidden  # qkv 6, out 2, MLP 16; attention
-    ends = 2 * 2 * tokens * hidden * patch_dim  # patch embedding and output
-    conditioning = 2 * (2 * 256 * hidden + 2 * hidden**2)  # MLPs of t and d
-    modulations = 2 * hidden * (6 * depth + 2) * hidden
-    return depth * block + ends + conditioning + modulations
-
-
 def test_step_has_the_flops_of_three_forwards_and_two_half_steps(compile_steps):
     """Forward and backward cost 3 forwards per row, the bootstrap 2 more for its rows."""
-    size = {"hidden_size": 384, "depth": 2, "num_heads": 6, "patch_size": 1}
+    size = {"hidden_size": 384, "depth": 2, "num_heads": 6, "patch_size": 1, "mlp_ratio": 4.0}
     spec = ";".join(["", "batch_size=16", *(f"model.{k}={v}" for k, v in size.items())])
     out = compile_steps({"large": spec}, devices=1)
     found = json.loads((out / "large.json").read_text())["flops"]
 
-    row = forward_flops(tokens=64, hidden=384, depth=2, patch_dim=1)
+    row = flops.forward(ConfigDict(size), (8, 8, 1))
     rows, bootstrap_rows = 16, 4
     assert found == pytest.approx(row * (3 * rows + 2 * bootstrap_rows), rel=0.03)
