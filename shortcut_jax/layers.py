@@ -50,6 +50,11 @@ def unstack(tree: Any, split: Callable[[Any], Sequence[Any]] = tuple) -> Any:
     return _where(tree, STACKED, cut)
 
 
+def of_blocks(name: str) -> bool:
+    """Whether an entry of the parameters is a block, or all of them."""
+    return name == STACKED or name.startswith(PREFIX)
+
+
 def holds_stacked(tree: Any) -> bool:
     """Whether a tree of dicts, lists and tuples has blocks in the scanned layout."""
     found: list[Any] = []

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import config, objectives, state
+from shortcut_jax import config, layers, objectives, state
 from shortcut_jax.models import dit
 from shortcut_jax.models.dit import DiT
 
@@ -339,3 +339,23 @@ def test_bfloat16_products_stay_close_to_float32():
     assert rounded.dtype == jnp.float32
     error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))
     assert 1e-4 < error < 0.03  # not float32 in disguise, and no more than its 8 bits cost
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_blocks_cast_beforehand_compute_the_same_bits(scanned):
+    network = DiT(**TINY, dtype=jnp.bfloat16, scan_layers=scanned)
+    params = randomised(DiT(**TINY))
+    params = layers.stack(params) if scanned else params
+
+    def loss(apply, params):
+        return jnp.square(apply(params, *inputs())).mean()
+
+    def plainly(params, *args):
+        return network.apply({"params": params}, *args)
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, apply)))(params)
+        for apply in (state.apply_fn(network), plainly)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {a.dtype for a in jax.tree.leaves(found)} == {jnp.dtype("float32")}
