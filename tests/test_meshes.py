@@ -140,6 +140,8 @@ STEPS = {
     "random_guided": "objective=shortcut;objective.cfg_scale=1.5",
     "stratified_guided": "objective=shortcut;objective.cfg_scale=1.5;"
     "objective.step_size_sampling='stratified'",
+    "systematic_guided": "objective=shortcut;objective.cfg_scale=1.5;"
+    "objective.step_size_sampling='systematic'",
     "flow_matching": "objective=flow_matching",
     "authors_code": "authors_code",
     "accumulated": "objective=shortcut;accumulation_steps=4",

@@ -36,7 +36,7 @@ class Shortcut(base.Objective):
     bootstrap_fraction: float = 0.25  # k: share of rows with self-consistency targets
     bootstrap_params: Literal["ema", "online"] = "ema"  # who answers the two half-steps
     bootstrap_cfg: bool = True  # guide the half-steps of size 1/M (asked as d = 0) by cfg_scale
-    step_size_sampling: Literal["random", "stratified"] = "random"
+    step_size_sampling: Literal["random", "systematic", "stratified"] = "random"  # see _levels
     flow_time_grid: int = 0  # t of empirical rows on {0, 1/grid, ...}; 0 = continuous
     noise_floor: float = 0.0  # 1e-5 in the released code
     bootstrap_clip: float = 0.0  # clip of mid-point and target; 0 = none, 4 in the released code
@@ -66,10 +66,7 @@ class Shortcut(base.Objective):
 
     def target_evaluations(self, batch_size):
         n = batch_size * self._groups.p // self._groups.q
-        twins = 0
-        if self._guides:
-            twins = n // (stratified_levels(n, self.num_levels)[1] if self._stratified else 1)
-        return 2.0 * (n + twins)
+        return 2.0 * (n + self._most_smallest(n))
 
     @property
     def _groups(self) -> Groups:
@@ -84,8 +81,22 @@ class Shortcut(base.Objective):
         return self.step_size_sampling == "stratified"
 
     @property
+    def _systematic(self) -> bool:
+        return self.step_size_sampling == "systematic"
+
+    @property
     def _guides(self) -> bool:
         return self.bootstrap_cfg and self.cfg_scale not in (0.0, 1.0)
+
+    def _most_smallest(self, n: int, num_shards: int = 1) -> int:
+        """The rows of the smallest size that a shard of n bootstrap rows has at most, if guided."""
+        if not self._guides:
+            return 0
+        in_shard = n // num_shards
+        if self._stratified:
+            smallest = stratified_levels(n, self.num_levels) == self.num_levels - 1
+            return int(smallest.reshape(num_shards, -1).sum(1).max())
+        return math.ceil(in_shard / self.num_levels) if self._systematic else in_shard
 
     def validate(self, batch_size, num_shards):
         common.check_denoise_timesteps(self.denoise_timesteps)
@@ -130,8 +141,7 @@ class Shortcut(base.Objective):
             labels = common.drop_labels(key, labels, self.class_dropout, self.null_label)
 
         # 1) the size 2^-level of the step to learn; its two half-steps have size d
-        level, stride = self._levels(draw("bootstrap/step_size"), labels.size)
-        level = level.reshape(shape)
+        level = self._levels(draw("bootstrap/step_size"), labels.size).reshape(shape)
         d = jnp.ldexp(1.0, -(level + 1))  # exact on every back end, as 2.0**level need not be
 
         # 2) t, on multiples of the step to learn: {0, 2d, ..., 1 - 2d}
@@ -142,7 +152,7 @@ class Shortcut(base.Objective):
         x_t, _ = common.interpolate(x0, x1, t, self.noise_floor)
 
         # 4) two half-steps, the second from where the first one led, not from the data
-        half_step = self._half_step(velocity, stride, num_shards)
+        half_step = self._half_step(velocity, num_shards)
         target, scalars = common.two_step_target(
             lambda x, t: half_step(x, t, d, labels),
             x_t,
@@ -162,19 +172,24 @@ class Shortcut(base.Objective):
         )
         return targets, scalars
 
-    def _levels(self, key, n: int) -> tuple[jax.Array, int]:
-        """Levels [n], and a stride: rows of the smallest size stand at multiples of it only."""
-        if not self._stratified:
-            return jax.random.randint(key, (n,), 0, self.num_levels), 1
-        levels, stride = stratified_levels(n, self.num_levels)
-        return jnp.asarray(levels), stride
+    def _levels(self, key, n: int) -> jax.Array:
+        """Levels [n]. Each is as likely as the others for every row, unless "stratified"."""
+        if self._stratified:
+            return jnp.asarray(stratified_levels(n, self.num_levels))
+        if self._systematic:
+            # Systematic sampling: all levels in turn, from one drawn at random. Of any num_levels
+            # rows one is of the smallest size, so that guidance needs few unconditional rows.
+            return (
+                jnp.arange(n) + jax.random.randint(key, (), 0, self.num_levels)
+            ) % self.num_levels
+        return jax.random.randint(key, (n,), 0, self.num_levels)
 
-    def _half_step(self, velocity, stride, num_shards):
+    def _half_step(self, velocity, num_shards):
         """The target network on rows [G, p], guided where the half-step is the smallest, 1/M.
 
         Guidance holds for velocities, not for longer jumps, so only those rows are guided; larger
-        sizes inherit it through their targets. Their unconditional twins ride
-        along in the same pass, one for every k rows, beside the row they belong to.
+        sizes inherit it through their targets. Their unconditional twins ride along in the same
+        pass and in the same shard: as many as it may need, its first rows of the smallest size.
         """
 
         def query(x, t, d, labels):
@@ -182,14 +197,16 @@ class Shortcut(base.Objective):
             return v.reshape(x.shape)
 
         def guided_query(x, t, d, labels):
-            k = math.gcd(stride, labels.size // num_shards)
-            regroup = [a.reshape(-1, k, *a.shape[2:]) for a in (x, t, d, labels)]
-            twins = [a[:, :1] for a in regroup[:3]] + [
-                jnp.full_like(regroup[3][:, :1], self.null_label)
+            most = self._most_smallest(labels.size, num_shards)
+            shards = [a.reshape(num_shards, -1, *a.shape[2:]) for a in (x, t, d, labels)]
+            smallest = self._is_smallest(shards[2])  # [S, n / S]
+            chosen = jnp.argsort(~smallest, axis=1, stable=True)[:, :most]
+            twins = [_take(a, chosen) for a in shards[:3]] + [
+                jnp.full_like(chosen, self.null_label)
             ]
-            v = query(*(jnp.concatenate(ab, axis=1) for ab in zip(regroup, twins, strict=True)))
-            v_cond, v_uncond = v[:, :k], v[:, k:]
-            smallest = self._is_smallest(regroup[2])
+            v = query(*(jnp.concatenate(ab, axis=1) for ab in zip(shards, twins, strict=True)))
+            v_cond, v_twins = v[:, : smallest.shape[1]], v[:, smallest.shape[1] :]
+            v_uncond = _take(v_twins, jnp.cumsum(smallest, axis=1) - 1)  # of other rows: any
             v_guided = v_uncond + self.cfg_scale * (v_cond - v_uncond)
             return jnp.where(rows(smallest), v_guided, v_cond).reshape(x.shape)
 
@@ -211,7 +228,7 @@ class Shortcut(base.Objective):
         return d < 1.5 / self.denoise_timesteps  # sizes are powers of two: safe from rounding
 
 
-def stratified_levels(n: int, num_levels: int) -> tuple[np.ndarray, int]:
+def stratified_levels(n: int, num_levels: int) -> np.ndarray:
     """The released code's step sizes: floor(n / num_levels) rows of each, the rest of size 1.
 
     Args:
@@ -219,15 +236,18 @@ def stratified_levels(n: int, num_levels: int) -> tuple[np.ndarray, int]:
       num_levels: log2 M.
 
     Returns:
-      Levels [n] (size 2^-level) and a stride, a power of two: the rows of the smallest size stand
-      at multiples of the stride, spread evenly, so that every device gets its share of guided rows.
+      Levels [n] (size 2^-level). The rows of the smallest size are spread evenly, so that every
+      device gets its share of guided rows.
     """
     each = n // num_levels
-    stride = math.gcd(n, 2 ** int(math.log2(n // each)))
-    slots = n // stride
-    smallest = stride * (np.arange(each) * slots // each)
+    smallest = np.arange(each) * n // each
     levels = np.zeros(n, np.int32)
     others = np.setdiff1d(np.arange(n), smallest)
     levels[smallest] = num_levels - 1
     levels[others[: each * (num_levels - 2)]] = np.repeat(np.arange(num_levels - 2, 0, -1), each)
-    return levels, stride
+    return levels
+
+
+def _take(a: jax.Array, index: jax.Array) -> jax.Array:
+    """a [S, m, ...] at index [S, c], each shard by itself: [S, c, ...]."""
+    return jnp.take_along_axis(a, index.reshape(*index.shape, *(1,) * (a.ndim - 2)), axis=1)

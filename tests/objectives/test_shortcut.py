@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from shortcut_jax import rng
@@ -32,7 +32,7 @@ NULL = 10_000
 PROGRESS = Progress(0, 1)
 SHAPE = (1, 1, 2)
 AUTHORS = dict(Shortcut.authors_code)
-SAMPLINGS = ("random", "stratified")
+SAMPLINGS = ("random", "systematic", "stratified")
 
 
 def make_objective(**changes):
@@ -144,11 +144,13 @@ def reference_target(objective, targets, coefficients):
         {"bootstrap_clip": 0.8},
         {"cfg_scale": 3.0},
         {"cfg_scale": 3.0, "step_size_sampling": "stratified", "denoise_timesteps": 16},
+        {"cfg_scale": 3.0, "step_size_sampling": "systematic"},
         {"cfg_scale": 3.0, "bootstrap_cfg": False},
         {"cfg_scale": 0.0},
         {**AUTHORS, "cfg_scale": 1.5},
     ],
-    ids=["default", "8_steps", "clip", "guided", "stratified", "no_guides", "null", "authors"],
+    ids=["default", "8_steps", "clip", "guided", "stratified", "systematic", "no_guides", "null"]
+    + ["authors"],
 )
 def test_bootstrap_targets_match_numpy(changes):
     objective = make_objective(**changes)
@@ -299,7 +301,9 @@ def test_no_twins_without_guidance(changes):
     assert len(first[1]) == len(second[1]) == boot.sum()
 
 
-@pytest.mark.parametrize("changes", [{}, AUTHORS], ids=["random", "stratified"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"step_size_sampling": "systematic"}, AUTHORS], ids=SAMPLINGS
+)
 def test_shards_decide_where_rows_are_computed_never_what_they_are(changes):
     objective = make_objective(cfg_scale=3.0, **changes)
     boot = bootstrap_rows(objective)
@@ -412,13 +416,50 @@ def test_random_sizes_are_uniform_over_the_levels():
     assert 0.8 < np.mean(steps[1:] != steps[:-1]) < 0.92  # 6/7
 
 
+def test_systematic_sizes_come_in_turn_from_one_drawn_at_random():
+    objective = make_objective(step_size_sampling="systematic")
+    boot = bootstrap_rows(objective)
+    first = []
+    for index in range(70):
+        levels = -np.log2(make_targets(objective, index=index).d[boot]).astype(int)
+        np.testing.assert_array_equal((levels[1:] - levels[:-1]) % 7, 1)
+        first.append(levels[0])
+    # So each row has every size equally often: as random sizes, but for what goes together.
+    assert chi_square(np.bincount(first, minlength=7)) < 22.5  # 6 degrees, p = 0.001
+
+
+@pytest.mark.parametrize("sampling, twins", [("random", 64), ("systematic", 10), ("stratified", 9)])
+def test_target_evaluations_are_the_rows_the_network_is_asked_for(sampling, twins):
+    objective = make_objective(cfg_scale=3.0, step_size_sampling=sampling)
+    spy = Spy()
+    make_targets(objective, ema=spy)
+    assert objective.target_evaluations(N) == sum(len(x) for x, *_ in spy.calls) == 2 * (64 + twins)
+
+
+@settings(deadline=None)
+@given(
+    sampling=st.sampled_from(SAMPLINGS),
+    in_shard=st.integers(1, 40),
+    num_shards=st.integers(1, 16),
+    index=st.integers(0, 100),
+)
+def test_no_shard_has_more_rows_to_guide_than_twins(sampling, in_shard, num_shards, index):
+    objective = make_objective(cfg_scale=3.0, step_size_sampling=sampling)
+    n = in_shard * num_shards
+    assume(n >= 7)
+    levels = np.asarray(objective._levels(jax.random.key(index), n))
+    most = (levels == 6).reshape(num_shards, -1).sum(1).max()
+    spare = {"random": in_shard, "systematic": 1, "stratified": 0}[sampling]
+    assert most <= objective._most_smallest(n, num_shards) <= most + spare
+
+
 @pytest.mark.parametrize(
     ("batch_size", "fraction", "each", "whole"),
     [(64, 1 / 8, 1, 2), (256, 1 / 8, 4, 8), (64, 1 / 4, 2, 4), (256, 1 / 4, 9, 10)],
 )
 def test_stratified_counts_are_the_released_codes(batch_size, fraction, each, whole):
     expected = {1.0: whole} | {2.0**-level: each for level in range(1, 7)}
-    levels, _ = stratified_levels(round(batch_size * fraction), 7)
+    levels = stratified_levels(round(batch_size * fraction), 7)
     assert collections.Counter((0.5**levels).tolist()) == expected
     if batch_size == N:
         objective = make_objective(bootstrap_fraction=fraction, step_size_sampling="stratified")
@@ -433,15 +474,14 @@ def test_stratified_counts_are_the_released_codes(batch_size, fraction, each, wh
 def test_stratified_levels(num_levels, extra):
     n = num_levels + extra
     each = n // num_levels
-    levels, stride = stratified_levels(n, num_levels)
+    levels = stratified_levels(n, num_levels)
     assert len(levels) == n
     counts = np.bincount(levels, minlength=num_levels)
     np.testing.assert_array_equal(counts[1:], [each] * (num_levels - 1))
-    # Rows to guide stand at multiples of the stride: one twin per stride serves them all.
-    assert n % stride == 0 and stride & (stride - 1) == 0
-    assert (np.flatnonzero(levels == num_levels - 1) % stride == 0).all()
-    if n & (n - 1) == 0:  # with a power of two of rows, less than half of the twins are spare
-        assert each <= n // stride < 2 * each
+    # Rows to guide are spread: of two equally long stretches one has at most one more.
+    smallest = np.flatnonzero(levels == num_levels - 1)
+    gaps = np.diff([*smallest, smallest[0] + n])
+    assert gaps.max() - gaps.min() <= 1 or num_levels == 1
 
 
 def test_branches_name_the_size_of_each_row():
