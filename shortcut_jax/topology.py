@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shortcut_jax import collectives, run, sharding, spaces, train, validation
@@ -28,6 +29,7 @@ GIB = 2**30
 # GiB of memory that the compiler has for a program on one device: what libtpu 0.0.42.1 says when it
 # refuses one that is larger. A device is a core of v2 and v3 and a chip of the others.
 HBM = {"v2": 7.48, "v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+COSTS = ("flops", "bytes accessed")  # as XLA's cost analysis calls them
 EXAMPLES = "v3:2x2, v4:2x2x4, v5e:4x4, v5e:16x16, v5p:2x4x4, v6e:2x4, 2*v5e:4x4 (two slices)"
 
 _NAME = re.compile(rf"(?:(?P<slices>[1-9]\d*)\*)?(?P<kind>{'|'.join(HBM)}):\d+(x\d+){{1,2}}")
@@ -66,8 +68,8 @@ class Report:
       peak: bytes in use at most; None where it does not fit and the compiler does not say.
       hbm: bytes there are; None where nothing is known.
       state: bytes of the train state.
-      flops: of a step; None where it does not fit. The body of a loop counts once.
-      bytes_accessed: the same.
+      flops: of a step, and bytes_accessed: as the compiler counts them; where layers are scanned
+        of the same step unrolled, see `_cost`. None where it does not fit, or loops over parts.
       collectives: kind -> (operations that a step runs, bytes of their results).
       largest_batch: a batch that fits by this one compilation; None where nothing is known.
       seconds: of compilation.
@@ -93,8 +95,6 @@ class Report:
 
     def text(self) -> str:
         """As --dry_run prints it."""
-        loops = self.settings["model.scan_layers"] or self.settings["accumulation_steps"] > 1
-        once = " (the body of a loop counted once)" if loops else ""
         verdict = "fits" if self.fits else "does not fit"
         if self.hbm is None:
             verdict += f": {self.device} has no limit that is known"
@@ -107,10 +107,10 @@ class Report:
             "train state": f"{_gib(self.state)} per device",
         }
         if self.flops is not None:
-            lines["FLOPs"] = f"{self.flops:.4g} per device{once}"
-            lines["bytes accessed"] = f"{self.bytes_accessed:.4g} per device{once}"
-            for kind, (count, size) in self.collectives.items():
-                lines[kind] = f"{count} per step, {size / 2**20:,.1f} MiB"
+            lines["FLOPs"] = f"{self.flops:.4g} per device"
+            lines["bytes accessed"] = f"{self.bytes_accessed:.4g} per device"
+        for kind, (count, size) in self.collectives.items():
+            lines[kind] = f"{count} per step, {size / 2**20:,.1f} MiB"
         lines["compiled in"] = f"{self.seconds:.1f} s"
         if self.largest_batch is not None:
             lines["largest batch"] = (
@@ -196,12 +196,12 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     run.check(config)
     slices = sharding.num_slices(machine.devices)
     axes = validation.check_devices(config, len(machine.devices), slices)
-    setup = run.build(config, sharding.make_mesh(*axes, machine.devices))
-    program = train.build_program(setup, *_batch(setup))
+    mesh = sharding.make_mesh(*axes, machine.devices)
+    program = _program(config, mesh)
     start = time.monotonic()
     compiled, peak = _compile(program)
     seconds = time.monotonic() - start
-    cost = (compiled.cost_analysis() if compiled else None) or {}
+    cost = _cost(config, mesh, compiled) if compiled else {}
     found = collectives.collectives(compiled.as_text() or "") if compiled else []
     state_bytes = _state_bytes(program)
     flat = config_lib.flatten(config)
@@ -211,19 +211,44 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         topology=machine.name,
         device=machine.devices[0].device_kind,
         devices=len(machine.devices),
-        mesh=dict(setup.mesh.shape),
+        mesh=dict(mesh.shape),
         batch_size=config.batch_size,
         settings={key: flat[key] for key in ("accumulation_steps", *config_lib.LAYOUT)},
         fits=compiled is not None,
         peak=peak,
         hbm=machine.hbm,
         state=state_bytes,
-        flops=cost.get("flops"),
-        bytes_accessed=cost.get("bytes accessed"),
+        flops=cost.get(COSTS[0]),
+        bytes_accessed=cost.get(COSTS[1]),
         collectives=collectives.by_kind(found),
         largest_batch=_largest_batch(config, math.prod(axes), machine.hbm, state_bytes, peak),
         seconds=seconds,
     )
+
+
+def _program(config: ConfigDict, mesh: Mesh) -> Program:
+    setup = run.build(config, mesh)
+    return train.build_program(setup, *_batch(setup))
+
+
+def _cost(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, float]:
+    """FLOPs and bytes of a step on a device, by their names in XLA's cost analysis.
+
+    XLA counts the body of a loop once. Scanned layers are counted by the same step unrolled with
+    one block and with two, between which there is one block. With parts of a batch nothing is said.
+    """
+    if config.accumulation_steps > 1:
+        return {}
+    if not config.model.scan_layers:
+        return compiled.cost_analysis() or {}
+    one, two = (_unrolled_cost(config, mesh, depth) for depth in (1, 2))
+    return {key: one[key] + (config.model.depth - 1) * (two[key] - one[key]) for key in COSTS}
+
+
+def _unrolled_cost(config: ConfigDict, mesh: Mesh, depth: int) -> dict[str, float]:
+    config = config.copy_and_resolve_references()
+    config.model.update(scan_layers=False, depth=depth)
+    return _program(config, mesh).compile().cost_analysis() or {}
 
 
 def _batch(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:

@@ -39,15 +39,15 @@ with `:xl` for DiT-XL, `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp,
 `bash launch/topologies.sh` makes all rows of the machines it is given, which takes long: what is
 missing here was not compiled. Memory is the peak on one device, or what is needed where it does not
 fit, beside what the compiler has there. "Sent" is the bytes of the results of a step's collectives
-on a device.
-FLOPs are left out where layers are scanned: the compiler counts the body of a loop once. The last
-column is a batch that fits by the same compilation, all memory but the train state taken to grow
-with it.
+on a device. TFLOPs and GB accessed are those of a device; where layers are scanned, those of the
+same step unrolled, by its counts with one block and with two (the compiler counts the body of a
+loop once). The last column is a batch that fits by the same compilation, all memory but the train
+state taken to grow with it.
 
 """
 COLUMNS = (
     "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "peak / there is, GiB",
-    "fits", "sent", "TFLOPs", "compiled in, s", "a batch that fits",
+    "fits", "sent", "TFLOPs", "GB", "compiled in, s", "a batch that fits",
 )  # fmt: skip
 
 
@@ -66,9 +66,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    looped = row["settings"]["model.scan_layers"] or row["settings"]["accumulation_steps"] > 1
     sent = [f"{kind} {size / 2**20:,.0f} MiB" for kind, (_, size) in row["collectives"].items()]
-    flops = row["flops"]
     return [
         row["network"],
         row["topology"],
@@ -80,7 +78,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{_gib(row['peak'])} / {_gib(row['hbm'])}",
         "yes" if row["fits"] else "no",
         ", ".join(sent) or "-",
-        "-" if looped or flops is None else f"{flops / 1e12:.3f}",
+        "-" if row["flops"] is None else f"{row['flops'] / 1e12:.2f}",
+        "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
         f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",
     ]

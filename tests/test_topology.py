@@ -71,6 +71,17 @@ def test_a_report_replaces_that_of_the_same_step(compiled, tmp_path):
     assert text.count("\n") == 4 and "| DiT 32x1/2 | cpu:8 | 8 | 1 x 8 | 64 | no | none |" in text
 
 
+def test_scanned_layers_count_as_often_as_they_run():
+    """XLA counts a loop's body once; what is reported is the cost of the unrolled step."""
+    config = digits.get_config("small")
+    config.model.depth = 3
+    unrolled = topology.compile_for(config, topology.find_machine("cpu:1"))
+    config.model.scan_layers = True
+    scanned = topology.compile_for(config, topology.find_machine("cpu:1"))
+    assert scanned.flops == pytest.approx(unrolled.flops, rel=0.02)
+    assert scanned.bytes_accessed == pytest.approx(unrolled.bytes_accessed, rel=0.1)
+
+
 # ------------------------------------------------------------------ what is asked for
 
 
