@@ -38,6 +38,8 @@ def base(c: ConfigDict) -> None:
     c.total_steps = 800_000
     c.objective.cfg_scale = 1.5
     c.objective.class_dropout = 0.1
+    # As likely for each row as random ones, and with guidance a tenth less work.
+    c.objective.step_size_sampling = "systematic"
 
 
 def b(c: ConfigDict) -> None:
