@@ -76,7 +76,7 @@ def apply_fn(network: DiT) -> Callable[..., Any]:
     parameters, and the gradients that a loop over the blocks collects, take half the bytes.
     """
 
-    def apply(params: Any, *args: jax.Array) -> jax.Array:
+    def apply(params: Any, *args: jax.Array) -> Any:
         cast = {
             name: jax.tree.map(lambda a: a.astype(network.dtype), part)
             for name, part in params.items()

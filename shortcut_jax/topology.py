@@ -69,10 +69,10 @@ class Report:
       hbm: bytes there are; None where nothing is known.
       state: bytes of the train state.
       flops: of a step, and bytes_accessed: as the compiler counts them; where layers are scanned
-        of the same step unrolled, see `_cost`. None where it does not fit, or loops over parts.
+        of the same step unrolled, see `cost_of`. None where it does not fit, or loops over parts.
       collectives: kind -> (operations that a step runs, bytes of their results).
       largest_batch: a batch that fits by this one compilation; None where nothing is known.
-      seconds: of compilation.
+      seconds: of all threads' CPU time that compiling took.
     """
 
     network: str
@@ -111,7 +111,7 @@ class Report:
             lines["bytes accessed"] = f"{self.bytes_accessed:.4g} per device"
         for kind, (count, size) in self.collectives.items():
             lines[kind] = f"{count} per step, {size / 2**20:,.1f} MiB"
-        lines["compiled in"] = f"{self.seconds:.1f} s"
+        lines["compiled in"] = f"{self.seconds:.1f} s of CPU time"
         if self.largest_batch is not None:
             lines["largest batch"] = (
                 f"{self.largest_batch} at least, if all but the train state grows with the batch "
@@ -197,11 +197,11 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     slices = sharding.num_slices(machine.devices)
     axes = validation.check_devices(config, len(machine.devices), slices)
     mesh = sharding.make_mesh(*axes, machine.devices)
-    program = _program(config, mesh)
-    start = time.monotonic()
-    compiled, peak = _compile(program)
-    seconds = time.monotonic() - start
-    cost = _cost(config, mesh, compiled) if compiled else {}
+    program = program_for(config, mesh)
+    start = time.process_time()
+    compiled, peak = compile_program(program)
+    seconds = time.process_time() - start
+    cost = cost_of(config, mesh, compiled) if compiled else {}
     found = collectives.collectives(compiled.as_text() or "") if compiled else []
     state_bytes = _state_bytes(program)
     flat = config_lib.flatten(config)
@@ -226,12 +226,12 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     )
 
 
-def _program(config: ConfigDict, mesh: Mesh) -> Program:
+def program_for(config: ConfigDict, mesh: Mesh) -> Program:
     setup = run.build(config, mesh)
     return train.build_program(setup, *_batch(setup))
 
 
-def _cost(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, float]:
+def cost_of(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, float]:
     """FLOPs and bytes of a step on a device, by their names in XLA's cost analysis.
 
     XLA counts the body of a loop once. Scanned layers are counted by the same step unrolled with
@@ -248,7 +248,7 @@ def _cost(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict
 def _unrolled_cost(config: ConfigDict, mesh: Mesh, depth: int) -> dict[str, float]:
     config = config.copy_and_resolve_references()
     config.model.update(scan_layers=False, depth=depth)
-    return _program(config, mesh).compile().cost_analysis() or {}
+    return program_for(config, mesh).compile().cost_analysis() or {}
 
 
 def _batch(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:
@@ -269,7 +269,7 @@ def _batch(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:
     return jax.eval_shape(empty), spaces.way_from(setup.space, holds)[1]
 
 
-def _compile(program: Program) -> tuple[jax.stages.Compiled | None, float | None]:
+def compile_program(program: Program) -> tuple[jax.stages.Compiled | None, float | None]:
     """The step, or None if it does not fit, and the bytes it needs on a device."""
     try:
         compiled = program.compile()
@@ -278,10 +278,12 @@ def _compile(program: Program) -> tuple[jax.stages.Compiled | None, float | None
             raise
         logging.info("The compiler says: %s", error)
         return None, _needed(str(error))
-    return compiled, _peak(compiled.memory_analysis(), sharding.platform(program.mesh))
+    return compiled, peak_of(compiled, sharding.platform(program.mesh))
 
 
-def _peak(memory: Any, platform: str) -> float:
+def peak_of(compiled: jax.stages.Compiled, platform: str) -> float:
+    """Bytes that a program has in use at most on a device of a platform."""
+    memory = compiled.memory_analysis()
     if platform != "cpu":
         return memory.peak_memory_in_bytes
     # What a CPU program allocates; its own peak leaves temporaries out.

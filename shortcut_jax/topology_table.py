@@ -47,7 +47,7 @@ state taken to grow with it.
 """
 COLUMNS = (
     "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "peak / there is, GiB",
-    "fits", "sent", "TFLOPs", "GB", "compiled in, s", "a batch that fits",
+    "fits", "sent", "TFLOPs", "GB", "compiled in, CPU s", "a batch that fits",
 )  # fmt: skip
 
 
