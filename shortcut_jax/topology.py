@@ -283,7 +283,7 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled | None, float
 
 def peak_of(compiled: jax.stages.Compiled, platform: str) -> float:
     """Bytes that a program has in use at most on a device of a platform."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     if platform != "cpu":
         return memory.peak_memory_in_bytes
     # What a CPU program allocates; its own peak leaves temporaries out.
