@@ -211,7 +211,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             unevaluated = meta.get("unevaluated", False)
         logging.info("Resumed from step %d of %s.", start, workdir)
     if jax.process_index() == 0:
-        logging.info("\n%s", parameter_overview.get_parameter_overview(train_state.params))
+        # Shapes and shardings: no process can read the values that others hold.
+        overview = parameter_overview.get_parameter_overview(
+            train_state.params, include_stats="sharding"
+        )
+        logging.info("\n%s", overview)
 
     ##################################################################################
     #  Compile ahead of the loop

@@ -21,7 +21,8 @@ from tests.test_resume import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FLAGS = ["--config=configs/digits.py:small", "--config.log.tensorboard=False"]
-SHAPES = {"1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1), "1x1": (1, 1)}
+# processes x devices of each
+SHAPES = {"1x1": (1, 1), "1x4": (1, 4), "2x2": (2, 2), "4x1": (4, 1), "2x4": (2, 4)}
 WAIT = 900  # seconds; a minute on an idle machine
 
 
@@ -48,13 +49,14 @@ def succeed(*args):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """trained(shape): workdir of 8 steps with evaluations, made once."""
+    """trained(shape, *flags): workdir of 8 steps with evaluations, made once."""
     root = tmp_path_factory.mktemp("trained")
 
     @functools.cache
-    def train(shape):
-        succeed(shape, "shortcut_jax.main", root / shape)
-        return root / shape
+    def train(shape, *flags):
+        workdir = root / "_".join([shape, *flags]).replace("--config.", "")
+        succeed(shape, "shortcut_jax.main", workdir, *flags)
+        return workdir
 
     return train
 
@@ -83,6 +85,20 @@ def test_training_does_not_depend_on_processes(trained, shape):
     assert {p.name for p in several.iterdir()} == {p.name for p in one.iterdir()}
     for step in (4, 8):  # among several processes, not a bit
         assert_same_arrays(read_state(trained("2x2"), step), read_state(several, step))
+
+
+@pytest.mark.parametrize("data, fsdp", [(8, 1), (1, 8), (2, 4)])
+def test_two_processes_of_four_devices_train_as_one_device(trained, data, fsdp):
+    mesh = (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}")
+    several = trained("2x4", *mesh)
+    for step in (4, 8):
+        assert_close(trained("1x1"), several, step)
+    for found, wanted in zip(
+        read_lines(several / "metrics.jsonl"),
+        read_lines(trained("1x1") / "metrics.jsonl"),
+        strict=True,
+    ):
+        assert found == pytest.approx(wanted, rel=METRICS_RTOL)
 
 
 def test_evaluation_does_not_depend_on_processes(trained, tmp_path):
