@@ -34,15 +34,14 @@ python -m shortcut_jax.main --config=configs/imagenet.py:b --workdir=runs/imagen
     --topology=v5e:4x4 --report=docs/results/topologies.json
 ```
 
-with `:xl` for DiT-XL, `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp,
-`--config.model.scan_layers=True` where "scanned" is yes and `--config.model.remat` as it says;
-`bash launch/topologies.sh` makes all rows of the machines it is given, which takes long: what is
-missing here was not compiled. Memory is the peak on one device, or what is needed where it does not
-fit, beside what the compiler has there. "Sent" is the bytes of the results of a step's collectives
-on a device. TFLOPs and GB accessed are those of a device; where layers are scanned, those of the
-same step unrolled, by its counts with one block and with two (the compiler counts the body of a
-loop once). The last column is a batch that fits by the same compilation, all memory but the train
-state taken to grow with it.
+with `:xl` for DiT-XL and `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp, where the mesh is
+given as data x fsdp; `bash launch/topologies.sh` makes all rows, or those of the machines it is
+given, which takes long: what is missing here was not compiled. Memory is the peak on one device, or
+what is needed where it does not fit, beside what the compiler has there. "Sent" is the bytes of the
+results of a step's collectives on a device. TFLOPs and GB accessed are those of a device; where
+layers are scanned, those of the same step unrolled, by its counts with one block and with two (the
+compiler counts the body of a loop once). The last column is a batch that fits by the same
+compilation, all memory but the train state taken to grow with it.
 
 """
 COLUMNS = (
