@@ -38,6 +38,8 @@ TORCH_PYTHON = flags.DEFINE_string(
     "Python of an environment with diffusers or torch-fidelity: compares vae or metrics there.",
 )
 
+WIDTH = 56  # of the names in the table
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -58,7 +60,7 @@ def main() -> None:
     options = benchmarks.Options(REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value)
     about = machine()
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    print(f"{'':44} {'median':>10}  {'from':>10} {'to':>10}", flush=True)
+    print(f"{'':{WIDTH}} {'median':>10}  {'from':>10} {'to':>10}", flush=True)
     found = []
     for part in PARTS.value:
         for measurement in importlib.import_module(benchmarks.PARTS[part]).measure(options):
@@ -101,7 +103,7 @@ def row(measurement: benchmarks.Measurement) -> str:
     """A line of the table."""
     low, high = measurement.spread
     value = f"{measurement.value:>10.4g}  {low:>10.4g} {high:>10.4g}"
-    return f"{measurement.name:<44} {value}  {measurement.unit}"
+    return f"{measurement.name:<{WIDTH}} {value}  {measurement.unit}"
 
 
 def _cpu_model() -> str:

@@ -203,10 +203,10 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     seconds = time.process_time() - start
     cost = cost_of(config, mesh, compiled) if compiled else {}
     found = collectives.collectives(compiled.as_text() or "") if compiled else []
-    state_bytes = _state_bytes(program)
+    state_size = state_bytes(program)
     flat = config_lib.flatten(config)
     return Report(
-        network=_network(config.model),
+        network=network_name(config.model),
         objective=config.objective.name,
         topology=machine.name,
         device=machine.devices[0].device_kind,
@@ -217,18 +217,18 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         fits=compiled is not None,
         peak=peak,
         hbm=machine.hbm,
-        state=state_bytes,
+        state=state_size,
         flops=cost.get(COSTS[0]),
         bytes_accessed=cost.get(COSTS[1]),
         collectives=collectives.by_kind(found),
-        largest_batch=_largest_batch(config, math.prod(axes), machine.hbm, state_bytes, peak),
+        largest_batch=largest_batch(config, math.prod(axes), machine.hbm, state_size, peak),
         seconds=seconds,
     )
 
 
 def program_for(config: ConfigDict, mesh: Mesh) -> Program:
     setup = run.build(config, mesh)
-    return train.build_program(setup, *_batch(setup))
+    return train.build_program(setup, *batch_shape(setup))
 
 
 def cost_of(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, float]:
@@ -251,7 +251,7 @@ def _unrolled_cost(config: ConfigDict, mesh: Mesh, depth: int) -> dict[str, floa
     return program_for(config, mesh).compile().cost_analysis() or {}
 
 
-def _batch(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:
+def batch_shape(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:
     """Shapes of what the trainer gives the step, and how it gets x_1 from them."""
     shape, holds = setup.image_shape, "images"
     if setup.objective.teacher == "pairs":
@@ -278,15 +278,15 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled | None, float
             raise
         logging.info("The compiler says: %s", error)
         return None, _needed(str(error))
-    return compiled, peak_of(compiled, sharding.platform(program.mesh))
+    return compiled, peak_memory(compiled, sharding.platform(program.mesh))
 
 
-def peak_of(compiled: jax.stages.Compiled, platform: str) -> float:
-    """Bytes that a program has in use at most on a device of a platform."""
+def peak_memory(compiled: jax.stages.Compiled, platform: str) -> float:
+    """Bytes that a program needs on a device of a platform."""
     memory: Any = compiled.memory_analysis()
-    if platform != "cpu":
+    if platform == "tpu":
         return memory.peak_memory_in_bytes
-    # What a CPU program allocates; its own peak leaves temporaries out.
+    # What a CPU or GPU program allocates when it starts; a CPU's own peak leaves temporaries out.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
 
@@ -297,15 +297,16 @@ def _needed(refusal: str) -> float | None:
     return float(match[1]) * {"M": 2**20, "G": GIB, "T": 2**40}[match[2]] if match else None
 
 
-def _network(model: ConfigDict) -> str:
+def network_name(model: ConfigDict) -> str:
+    """SIZE/PATCH where the network is one of DiT's, or WIDTHxDEPTH/PATCH."""
     for name, size in dit.SIZES.items():
         if all(model[key] == value for key, value in size.items()):
             return f"DiT-{name}/{model.patch_size}"
     return f"DiT {model.hidden_size}x{model.depth}/{model.patch_size}"
 
 
-def _state_bytes(program: Program) -> int:
-    """Of the part of the train state that one device has."""
+def state_bytes(program: Program) -> int:
+    """Bytes of the part of the train state that one device has."""
     parts = jax.tree.map(
         lambda a, s: math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize,
         program.state_shape,
@@ -314,7 +315,7 @@ def _state_bytes(program: Program) -> int:
     return sum(jax.tree.leaves(parts))
 
 
-def _largest_batch(
+def largest_batch(
     config: ConfigDict, shards: int, hbm: float | None, state: int, peak: float | None
 ) -> int | None:
     """A batch that fits if all memory beyond the state is taken to grow with the batch.

@@ -53,8 +53,8 @@ def test_the_table_has_every_number_and_the_file_the_machine(measured):
     for found in content["measurements"]:
         value = f"{found['value']:.4g}"
         assert any(
-            line[:44].strip() == found["name"]
-            and line[44:].split()[0] == value
+            line[: benchmark.WIDTH].strip() == found["name"]
+            and line[benchmark.WIDTH :].split()[0] == value
             and line.endswith(found["unit"])
             for line in done.stdout.splitlines()
         )

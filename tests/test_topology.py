@@ -147,7 +147,7 @@ def test_bytes_that_a_program_needs(refusal, gib):
 
 def test_the_largest_batch_is_a_valid_one_that_fits():
     config = digits.get_config("small")  # batch 32; groups of 4 rows on each of 8 devices
-    find = topology._largest_batch
+    find = topology.largest_batch
     assert find(config, 8, hbm=1000, state=200, peak=300) == 32 * 8
     assert find(config, 8, hbm=999, state=200, peak=300) == 32 * 7  # not 255 rows
     assert find(config, 8, hbm=200, state=200, peak=300) == 0

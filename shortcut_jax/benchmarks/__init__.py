@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PARTS = {
+    "step": "shortcut_jax.benchmarks.step",
     "data": "shortcut_jax.benchmarks.data",
     "vae": "shortcut_jax.benchmarks.vae",
     "metrics": "shortcut_jax.benchmarks.metrics",

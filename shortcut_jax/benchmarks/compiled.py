@@ -86,7 +86,7 @@ def theirs(checkout: Path, machine: topology.Machine, size: str, mesh: str) -> d
     return {
         "flops": cost[topology.COSTS[0]],
         "bytes_accessed": cost[topology.COSTS[1]],
-        "peak": topology.peak_of(compiled, machine.devices[0].platform),
+        "peak": topology.peak_memory(compiled, machine.devices[0].platform),
         "seconds": seconds,
         "collectives": collectives.by_kind(collectives.collectives(compiled.as_text() or "")),
     }
