@@ -11,6 +11,7 @@ from typing import Any
 
 PARTS = {
     "step": "shortcut_jax.benchmarks.step",
+    "sample": "shortcut_jax.benchmarks.sample",
     "data": "shortcut_jax.benchmarks.data",
     "vae": "shortcut_jax.benchmarks.vae",
     "metrics": "shortcut_jax.benchmarks.metrics",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shortcut_jax import flops, run, sharding, topology, train, validation
+from shortcut_jax import flops, run, sharding, topology, train
 from shortcut_jax.benchmarks import Measurement, Options, ceiling, summarize, timing, workloads
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.objectives import Batch
@@ -102,9 +102,7 @@ class Step:
 
 def compile_step(config: ConfigDict) -> Step:
     """Compiles the step that `train.train` would run, on the devices of this process."""
-    run.check(config)
-    axes = validation.check_devices(config, jax.device_count(), sharding.num_slices())
-    setup = run.build(config, sharding.make_mesh(*axes))
+    setup = run.prepare(config, measures=False)
     program = train.build_program(setup, *topology.batch_shape(setup))
     start = time.perf_counter()
     compiled = program.compile()
@@ -132,8 +130,7 @@ class Steps:
 
     def __init__(self, steps: Mapping[str, Step]):
         self._steps = dict(steps)
-        first = next(iter(self._steps.values())).program
-        self.state = jax.jit(_trained(first), out_shardings=first.state_sharding)()
+        self.state = fresh_state(next(iter(self._steps.values())).program)
         self._own = {name: self._start(step.program) for name, step in self._steps.items()}
         self._batches = {name: random_batch(step) for name, step in self._steps.items()}
 
@@ -166,22 +163,26 @@ class Steps:
         return {"metrics": metrics, "teacher": teacher}
 
 
-def _trained(program: Program) -> Callable[[], TrainState]:
-    """A train state in which no parameter is zero, as those of fresh networks are in part.
+def as_trained(params: Any) -> Any:
+    """Parameters of which none is zero, as those of a fresh network are in part.
 
-    Devices may take less power, and go faster, where gradients vanish.
+    Devices may take less power, and go faster, where products vanish.
     """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    pairs = zip(leaves, keys, strict=True)
+    noisy = [a + 0.02 * jax.random.normal(key, a.shape) for a, key in pairs]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def fresh_state(program: Program) -> TrainState:
+    """A train state to time steps with: `as_trained`."""
 
     def init() -> TrainState:
         state = program.init()
-        leaves, tree = jax.tree.flatten(state.params)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        noisy = [
-            a + 0.02 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)
-        ]
-        return dataclasses.replace(state, params=jax.tree.unflatten(tree, noisy))
+        return dataclasses.replace(state, params=as_trained(state.params))
 
-    return init
+    return jax.jit(init, out_shardings=program.state_sharding)()
 
 
 def random_batch(step: Step) -> Batch:
@@ -246,13 +247,11 @@ def _of_one(
         return summarize(f"{name}: {what}", [value], unit, conditions)
 
     yield summarize(name, [t.wall / t.count for t in took], "s / step", conditions)
-    rates = [step.flops * t.count / t.wall for t in took]
-    mfu = [rate / most for rate, most in zip(rates, ceilings, strict=True)]
+    rates = [t.count / t.wall for t in took]  # steps per second
+    mfu = [step.flops * rate / most for rate, most in zip(rates, ceilings, strict=True)]
     yield summarize(f"{name}: MFU", mfu, "of the ceiling", conditions)
-    rows = step.setup.config.batch_size
-    yield summarize(
-        f"{name}: rows", [rows * t.count / t.wall for t in took], "rows / s", conditions
-    )
+    rows = [step.setup.config.batch_size * rate for rate in rates]
+    yield summarize(f"{name}: rows", rows, "rows / s", conditions)
     yield once("FLOPs", step.flops / devices / GIGA, "GFLOP / device")
     yield once("FLOPs by XLA", step.xla_flops / GIGA, "GFLOP / device")
     yield once("XLA / formula", step.xla_flops * devices / step.flops, "x")

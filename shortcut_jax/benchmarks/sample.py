@@ -1,0 +1,151 @@
+"""Samples per second, as the evaluation draws them: in latents, and decoded to images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from shortcut_jax import data, flops, run, sampling, sharding, state, topology
+from shortcut_jax.benchmarks import (
+    Measurement,
+    Options,
+    ceiling,
+    step,
+    summarize,
+    timing,
+    workloads,
+)
+from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.models import autoencoder
+
+GIGA = 1e9
+STEPS = (1, 4, 128)
+
+
+def measure(options: Options) -> Iterator[Measurement]:
+    """The workloads of this back end."""
+    on_cpu = jax.default_backend() == "cpu"
+    networks = {"tiny": workloads.TINY} if options.small else (
+        {"narrow": workloads.NARROW} if on_cpu else {"dit_b2": "B/2", "dit_xl2": "XL/2"}
+    )  # fmt: skip
+    for name, network in networks.items():
+        devices = jax.device_count()
+        size = {"eval.batch_size": (2 if on_cpu else 64) * devices}
+        config = workloads.build(network, 32 * devices, overrides=size)
+        yield from measure_sampling(
+            f"sample/{name}", config, repeats=options.repeats, small=options.small
+        )
+
+
+def measure_sampling(
+    name: str,
+    config: ConfigDict,
+    *,
+    num_steps: Sequence[int] = STEPS,
+    repeats: int = 5,
+    small: bool = False,
+) -> Iterator[Measurement]:
+    """Measures batches of samples by several numbers of steps that take turns.
+
+    Those that the method guides while it samples pass two rows through the network for each.
+
+    Args:
+      name: begins the names of what is found: NAME/STEPS and NAME/STEPS/decoded.
+      config: of a run on latents, with eval.batch_size; see `workloads.build`.
+      num_steps: numbers of sampling steps.
+      repeats: rounds.
+      small: a small ceiling, to see that it runs.
+    """
+    setup = run.prepare(config, measures=False)
+    on_cpu = sharding.platform(setup.mesh) == "cpu"
+    draw = _draw(setup)
+
+    def decoded(steps: int) -> jax.Array:
+        return setup.space.decode(draw(steps))
+
+    turns: dict[str, Callable[[], Took]] = {}
+    for steps in num_steps:
+        # Several batches where one is soon done, given to the devices ahead as evaluation does.
+        batches = 1 if on_cpu else max(1, 32 // steps)
+        turns[f"{steps}"] = _turn(setup, draw, steps, batches)
+        turns[f"{steps}/decoded"] = _turn(setup, decoded, steps, 1)
+    products = 1 if on_cpu else 10
+    ceilings = ceiling.contenders(setup.network.dtype, setup.mesh, products, small)
+    found = timing.rounds(turns | ceilings, repeats)
+    most = ceiling.best(found)
+    for steps in num_steps:
+        for suffix, extra in (("", 0.0), ("/decoded", decode_flops(setup))):
+            each = sample_flops(setup, steps) + extra
+            took = found[f"{steps}{suffix}"]
+            yield from _of_one(f"{name}/{steps}{suffix}", setup, each, took, most)
+
+
+def sample_flops(setup: run.Setup, num_steps: int) -> float:
+    """FLOPs of the network for one sample, by the formula."""
+    objective = setup.objective
+    guided = objective.cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
+    return num_steps * (1 + guided) * flops.forward(setup.config.model, setup.image_shape)
+
+
+def decode_flops(setup: run.Setup) -> float:
+    """FLOPs of decoding one sample to an image, as XLA counts them before it optimises."""
+    architecture = autoencoder.ARCHITECTURES[setup.config.autoencoder.kind]
+    module = autoencoder.Autoencoder(architecture)
+    image = jnp.zeros((1, *data.describe(setup.config.data)[0]))
+    params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    x = jax.ShapeDtypeStruct((1, *setup.image_shape), jnp.float32)
+    decode = jax.jit(lambda params, x: autoencoder.decode(params, x, architecture))
+    return (decode.lower(params, x).cost_analysis() or {})["flops"]
+
+
+def _draw(setup: run.Setup) -> Callable[[int], jax.Array]:
+    """Starts a batch of samples in so many steps, with parameters that nobody trained."""
+
+    def init() -> Any:
+        params = state.init_params(setup.network, setup.image_shape, setup.config.seed)
+        return step.as_trained(params)
+
+    params_sharding = sharding.shard_tree(jax.eval_shape(init), setup.mesh)
+    params = jax.jit(init, out_shardings=params_sharding)()
+    sampler = sampling.make_sampler(
+        setup.objective,
+        state.apply_fn(setup.network),
+        params_sharding,
+        setup.mesh,
+        seed=setup.config.eval.seed,
+        image_shape=setup.image_shape,
+        num_classes=setup.num_classes,
+    )
+    indices = np.arange(setup.config.eval.batch_size)
+    return lambda num_steps: sampler(params, indices, num_steps)[0]
+
+
+def _turn(
+    setup: run.Setup, draw: Callable[[int], jax.Array], num_steps: int, batches: int
+) -> Callable[[], Took]:
+    def work() -> int:
+        jax.block_until_ready([draw(num_steps) for _ in range(batches)])
+        return batches * setup.config.eval.batch_size
+
+    return lambda: timing.timed(work)
+
+
+def _of_one(
+    name: str, setup: run.Setup, each: float, took: list[Took], ceilings: list[float]
+) -> Iterator[Measurement]:
+    conditions: dict[str, Any] = {
+        "network": topology.network_name(setup.config.model),
+        "objective": dict(setup.config.objective.items()),
+        "batch_size": setup.config.eval.batch_size,
+        "dtype": jnp.dtype(setup.network.dtype).name,
+        "autoencoder": setup.config.autoencoder.kind,
+        "mesh": dict(setup.mesh.shape),
+    }
+    rates = [t.count / t.wall for t in took]
+    yield summarize(name, rates, "samples / s", conditions)
+    yield summarize(f"{name}: FLOPs", [each / GIGA], "GFLOP / sample", conditions)
+    mfu = [each * rate / most for rate, most in zip(rates, ceilings, strict=True)]
+    yield summarize(f"{name}: MFU", mfu, "of the ceiling", conditions)
