@@ -1,5 +1,5 @@
-"""Measures how fast parts of shortcut_jax are here; docs/data.md, docs/autoencoder.md,
-docs/metrics_speed.md.
+"""Measures how fast parts of shortcut_jax are here; docs/speed.md, docs/data.md,
+docs/autoencoder.md, docs/metrics_speed.md.
 
 python -m shortcut_jax.benchmark --parts=data,vae --out=benchmark.json
 taskset -c 1 python -m shortcut_jax.benchmark --parts=data --tf_python=/envs/tf/bin/python
@@ -59,13 +59,15 @@ def main() -> None:
         cli.check_writable("--out", Path(OUT.value).absolute().parent)
     options = benchmarks.Options(REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value)
     about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    print(_line(about), flush=True)
     print(f"{'':{WIDTH}} {'median':>10}  {'from':>10} {'to':>10}", flush=True)
     found = []
-    for part in PARTS.value:
+    for part in [part for part in benchmarks.PARTS if part in PARTS.value]:
         for measurement in importlib.import_module(benchmarks.PARTS[part]).measure(options):
             print(row(measurement), flush=True)
             found.append(dataclasses.asdict(measurement))
+    about |= devices()
+    print(_line(devices()))
     if OUT.value:
         from shortcut_jax.files import write_atomically
 
@@ -84,14 +86,10 @@ def check_parts(parts: Sequence[str]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: versions, CPUs, back end."""
-    import jax
-
+    """What the numbers depend on: versions, CPUs, and how busy these are at the start."""
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
         "cpu": _cpu_model(),
         "cpus": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)),
@@ -99,11 +97,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def devices() -> dict[str, Any]:
+    """And the devices, which this process has from then on."""
+    import jax
+
+    found = jax.devices()
+    return {"backend": jax.default_backend(), "device": found[0].device_kind, "devices": len(found)}
+
+
 def row(measurement: benchmarks.Measurement) -> str:
     """A line of the table."""
     low, high = measurement.spread
     value = f"{measurement.value:>10.4g}  {low:>10.4g} {high:>10.4g}"
     return f"{measurement.name:<{WIDTH}} {value}  {measurement.unit}"
+
+
+def _line(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
 def _cpu_model() -> str:

@@ -1,5 +1,6 @@
 """Network, optimizer and train state, made from the config."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,11 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     if warmup:
         return optax.linear_schedule(0.0, lr, warmup)
     return optax.constant_schedule(lr)
+
+
+def fields(tree: TrainState) -> dict[str, Any]:
+    """Field -> value, as a checkpoint has them; of a train state, or of the shapes of one."""
+    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
 
 
 def count(params: Any) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +205,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             meta = checkpoints.meta(start)
             run.check_resume(config, meta, train_data, checkpoints.directory / str(start))
             shapes = checkpoint.with_shardings(state_shape, state_sharding)
-            train_state = TrainState(**checkpoints.restore(start, _fields(shapes)))
+            train_state = TrainState(**checkpoints.restore(start, state.fields(shapes)))
             clock.load_state_dict(meta["clock"])
             unevaluated = meta.get("unevaluated", False)
         logging.info("Resumed from step %d of %s.", start, workdir)
@@ -276,7 +275,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                         position = run.data_position(config, train_data, step)
                         meta = run.checkpoint_meta(config, position, clock.state_dict())
                         meta["unevaluated"] = bool(evaluate and leave)
-                        checkpoints.save(step, _fields(train_state), meta)
+                        checkpoints.save(step, state.fields(train_state), meta)
             if leave and (evaluate or not last):
                 stored.close()
                 checkpoints.close()
@@ -301,10 +300,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             stored.close()
     run.mark_finished(workdir, config.total_steps)
     return train_state
-
-
-def _fields(tree: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
 
 
 def _averages(train_state: TrainState) -> dict[str, float]:

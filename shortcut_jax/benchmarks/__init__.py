@@ -1,7 +1,7 @@
-"""What `python -m shortcut_jax.benchmark` can measure. To add a part, add a line to PARTS.
+"""What `python -m shortcut_jax.benchmark` can measure. To add a part, add its name to PARTS.
 
-A part is a module with `measure(options: Options) -> Iterator[Measurement]`. It makes its own
-inputs, yields each number when it has it, and leaves nothing behind.
+A part is a module of this package with `measure(options: Options) -> Iterator[Measurement]`. It
+makes its own inputs, yields each number when it has it, and leaves nothing behind.
 """
 
 import dataclasses
@@ -9,12 +9,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+# In the order in which they are measured: the processes of `startup` need the accelerator, which
+# this one takes for good with the first part after it.
 PARTS = {
-    "step": "shortcut_jax.benchmarks.step",
-    "sample": "shortcut_jax.benchmarks.sample",
-    "data": "shortcut_jax.benchmarks.data",
-    "vae": "shortcut_jax.benchmarks.vae",
-    "metrics": "shortcut_jax.benchmarks.metrics",
+    name: f"shortcut_jax.benchmarks.{name}"
+    for name in ("startup", "step", "sample", "checkpoint", "data", "vae", "metrics")
 }
 
 

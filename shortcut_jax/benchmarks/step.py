@@ -240,7 +240,7 @@ def _of_one(
     name: str, step: Step, took: list[Took], ceilings: list[float], steps: int
 ) -> Iterator[Measurement]:
     conditions = step.facts() | {"steps_in_a_turn": steps}
-    conditions["compilation_cache"] = bool(jax.config.read("jax_compilation_cache_dir"))
+    conditions["compilation_cache"] = bool(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]
     devices = step.setup.mesh.size
 
     def once(what: str, value: float, unit: str) -> Measurement:

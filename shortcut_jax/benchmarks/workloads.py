@@ -41,9 +41,11 @@ class Workload:
     batch_size: int | None
     contenders: tuple[str, ...] = tuple(CONTENDERS)
 
-    def configs(self, batch_size: int) -> dict[str, ConfigDict]:
-        """name -> config of every contender."""
-        return contenders(self.network, batch_size, self.contenders)
+    def configs(self, batch_size: int | None = None) -> dict[str, ConfigDict]:
+        """name -> config of every contender, at its batch size or at another one."""
+        size = batch_size or self.batch_size
+        assert size is not None
+        return contenders(self.network, size, self.contenders)
 
 
 def standard(small: bool) -> list[Workload]:
@@ -60,6 +62,12 @@ def standard(small: bool) -> list[Workload]:
         Workload("dit_xl2/32", "XL/2", 32, few),
         Workload("dit_xl2/fill", "XL/2", None, few),
     ]
+
+
+def middle(small: bool) -> Workload:
+    """The one of them that stands for all, where one must do."""
+    choice = standard(small)
+    return next((w for w in choice if w.name == "dit_b2/256"), choice[0])
 
 
 def contenders(

@@ -1,0 +1,45 @@
+"""The start of a run in a process of its own: what `startup.py` measures.
+
+python -P start.py '{"began": SECONDS, "small": false}' prints, as JSON, the seconds since `began`
+(of `time.monotonic`) after which each stage was done.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def main(began: float, small: bool) -> dict[str, Any]:
+    """Imports, finds the devices, compiles, makes the train state, takes one step."""
+    done = {}
+
+    def mark(stage: str) -> None:
+        done[stage] = time.monotonic() - began
+
+    mark("python")
+    import shortcut_jax  # noqa: F401
+
+    mark("import shortcut_jax")
+    import shortcut_jax.train  # noqa: F401
+
+    mark("import shortcut_jax.train")
+    import jax
+
+    from shortcut_jax.benchmarks import step, workloads
+
+    device = jax.devices()[0].device_kind
+    mark("devices")
+    workload = workloads.middle(small)
+    compiled = step.compile_step(workload.configs()[workloads.MOST_MEMORY])
+    mark("compiled")
+    running = step.Steps({"": compiled})
+    mark("train state")
+    running.run("", 1)
+    mark("first step")
+    conditions = compiled.facts() | {"workload": workload.name, "device": device}
+    return {"done": done, "conditions": conditions}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(**json.loads(sys.argv[1]))))
