@@ -13,7 +13,7 @@ from shortcut_jax.benchmarks import (
     Measurement,
     Options,
     ceiling,
-    step,
+    inputs,
     summarize,
     timing,
     workloads,
@@ -36,7 +36,11 @@ def measure(options: Options) -> Iterator[Measurement]:
         size = {"eval.batch_size": (2 if on_cpu else 64) * devices}
         config = workloads.build(network, 32 * devices, overrides=size)
         yield from measure_sampling(
-            f"sample/{name}", config, repeats=options.repeats, small=options.small
+            f"sample/{name}",
+            config,
+            num_steps=STEPS[:2] if options.small else STEPS,
+            repeats=options.repeats,
+            small=options.small,
         )
 
 
@@ -104,12 +108,11 @@ def decode_flops(setup: run.Setup) -> float:
 def _draw(setup: run.Setup) -> Callable[[int], jax.Array]:
     """Starts a batch of samples in so many steps, with parameters that nobody trained."""
 
-    def init() -> Any:
-        params = state.init_params(setup.network, setup.image_shape, setup.config.seed)
-        return step.as_trained(params)
-
-    params_sharding = sharding.shard_tree(jax.eval_shape(init), setup.mesh)
-    params = jax.jit(init, out_shardings=params_sharding)()
+    shapes = jax.eval_shape(
+        lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
+    )
+    params_sharding = sharding.shard_tree(shapes, setup.mesh)
+    params = jax.jit(lambda: inputs.params(shapes), out_shardings=params_sharding)()
     sampler = sampling.make_sampler(
         setup.objective,
         state.apply_fn(setup.network),

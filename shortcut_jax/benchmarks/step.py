@@ -14,11 +14,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from shortcut_jax import flops, run, sharding, topology, train
-from shortcut_jax.benchmarks import Measurement, Options, ceiling, summarize, timing, workloads
+from shortcut_jax.benchmarks import (
+    Measurement,
+    Options,
+    ceiling,
+    inputs,
+    summarize,
+    timing,
+    workloads,
+)
 from shortcut_jax.benchmarks.timing import Took
-from shortcut_jax.objectives import Batch
 from shortcut_jax.program import Program
-from shortcut_jax.state import TrainState
 
 GIGA = 1e9
 FILL = 0.9  # of the memory: what else runs needs some
@@ -130,9 +136,11 @@ class Steps:
 
     def __init__(self, steps: Mapping[str, Step]):
         self._steps = dict(steps)
-        self.state = fresh_state(next(iter(self._steps.values())).program)
+        self.state = inputs.train_state(next(iter(self._steps.values())).program)
         self._own = {name: self._start(step.program) for name, step in self._steps.items()}
-        self._batches = {name: random_batch(step) for name, step in self._steps.items()}
+        self._batches = {
+            name: inputs.batch(step.program, step.setup) for name, step in self._steps.items()
+        }
 
     def run(self, name: str, count: int) -> Took:
         """Makes `count` steps and waits for the last."""
@@ -161,41 +169,6 @@ class Steps:
         metrics = jax.jit(zeros, out_shardings=program.state_sharding.metrics)()
         teacher = jax.tree.map(jnp.copy, self.state.ema) if program.state_shape.teacher else {}
         return {"metrics": metrics, "teacher": teacher}
-
-
-def as_trained(params: Any) -> Any:
-    """Parameters of which none is zero, as those of a fresh network are in part.
-
-    Devices may take less power, and go faster, where products vanish.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    pairs = zip(leaves, keys, strict=True)
-    noisy = [a + 0.02 * jax.random.normal(key, a.shape) for a, key in pairs]
-    return jax.tree.unflatten(tree, noisy)
-
-
-def fresh_state(program: Program) -> TrainState:
-    """A train state to time steps with: `as_trained`."""
-
-    def init() -> TrainState:
-        state = program.init()
-        return dataclasses.replace(state, params=as_trained(state.params))
-
-    return jax.jit(init, out_shardings=program.state_sharding)()
-
-
-def random_batch(step: Step) -> Batch:
-    """What the step is given, drawn from normal distributions."""
-    shape = step.program.batch_shape
-
-    @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(step.setup.mesh))
-    def draw() -> Batch:
-        image, noise = (jax.random.normal(jax.random.key(i), shape.image.shape) for i in range(2))
-        label = jax.random.randint(jax.random.key(2), shape.label.shape, 0, step.setup.num_classes)
-        return Batch(image, label, None if shape.noise is None else noise)
-
-    return draw()
 
 
 def measure_steps(
