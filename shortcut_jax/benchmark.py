@@ -53,7 +53,7 @@ PACKAGES = (
 
 
 def main() -> None:
-    """Measures the parts asked for, prints each number, and writes all of them at the end."""
+    """Measures the parts asked for, prints each number, and writes all of them."""
     check_parts(PARTS.value)
     if OUT.value:
         cli.check_writable("--out", Path(OUT.value).absolute().parent)
@@ -61,18 +61,25 @@ def main() -> None:
     about = machine()
     print(_line(about), flush=True)
     print(f"{'':{WIDTH}} {'median':>10}  {'from':>10} {'to':>10}", flush=True)
-    found = []
+    found: list[dict[str, Any]] = []
     for part in [part for part in benchmarks.PARTS if part in PARTS.value]:
         for measurement in importlib.import_module(benchmarks.PARTS[part]).measure(options):
             print(row(measurement), flush=True)
             found.append(dataclasses.asdict(measurement))
-    about |= devices()
+        about |= devices()
+        if OUT.value:  # after every part, so that none is lost if a later one fails
+            write(Path(OUT.value), about, options, found)
     print(_line(devices()))
-    if OUT.value:
-        from shortcut_jax.files import write_atomically
 
-        content = {"machine": about, "options": dataclasses.asdict(options), "measurements": found}
-        write_atomically(OUT.value, json.dumps(content, indent=1).encode())
+
+def write(
+    path: Path, about: dict[str, Any], options: benchmarks.Options, found: list[dict[str, Any]]
+) -> None:
+    """Writes all that was measured so far."""
+    from shortcut_jax.files import write_atomically
+
+    content = {"machine": about, "options": dataclasses.asdict(options), "measurements": found}
+    write_atomically(path, json.dumps(content, indent=1).encode())
 
 
 def check_parts(parts: Sequence[str]) -> None:
@@ -98,7 +105,7 @@ def machine() -> dict[str, Any]:
 
 
 def devices() -> dict[str, Any]:
-    """And the devices, which this process has from then on."""
+    """And the devices, which this process keeps from then on."""
     import jax
 
     found = jax.devices()

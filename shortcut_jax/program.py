@@ -35,16 +35,20 @@ class Program:
     batch_shape: Batch
     mesh: Mesh
 
-    def compile(self) -> jax.stages.Compiled:
-        """The step for the devices of the mesh, the state updated in place."""
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the devices of the mesh, as the compiler gets it; state updated in place."""
         jitted = jax.jit(
             self.step,
             in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh)),
             out_shardings=self.state_sharding,
             donate_argnums=0,
         )
+        return jitted.lower(self.state_shape, self.batch_shape)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step for the devices of the mesh."""
         options = state.compiler_options(sharding.platform(self.mesh))
-        return jitted.lower(self.state_shape, self.batch_shape).compile(compiler_options=options)
+        return self.lower().compile(compiler_options=options)
 
 
 def build(

@@ -187,6 +187,13 @@ def test_data_parallel_step_only_sums_gradients(compiled, name):
 # ------------------------------------------------------------------ no wasted arithmetic
 
 
+@pytest.mark.parametrize("name", sorted(STEPS.keys() - {"accumulated"}))  # a loop counts once
+def test_every_device_has_an_equal_share_of_the_work(compiled, name):
+    """Bootstrap rows on one device, or on all, would be as much work as all the rest."""
+    found = json.loads((compiled / f"{name}.json").read_text())
+    assert 1 < found["flops"] / found["flops_by_formula"] < 1.25  # what is no product counts, too
+
+
 def test_step_has_the_flops_of_three_forwards_and_two_half_steps(compile_steps):
     """Forward and backward cost 3 forwards per row, the bootstrap 2 more for its rows."""
     size = {"hidden_size": 384, "depth": 2, "num_heads": 6, "patch_size": 1, "mlp_ratio": 4.0}

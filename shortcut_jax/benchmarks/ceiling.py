@@ -1,14 +1,15 @@
 """What the devices can do at most: products of large square matrices, in a step's type."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from shortcut_jax import sharding
-from shortcut_jax.benchmarks import timing
+from shortcut_jax.benchmarks import Measurement, summarize, timing
 from shortcut_jax.benchmarks.timing import Took
 
 SIDES = {"cpu": (1024, 2048), "other": (4096, 8192, 16384)}
@@ -38,10 +39,41 @@ def contenders(
     }
 
 
-def best(found: dict[str, list[Took]]) -> list[float]:
-    """FLOPs per second by round: of the sides' the best."""
-    rates = [[t.count / t.wall for t in took] for name, took in found.items() if PREFIX in name]
+def best(found: Mapping[str, list[Took]], kind: str = "wall") -> list[float]:
+    """FLOPs per second by round: of the sides' the best.
+
+    Args:
+      found: from `timing.rounds`.
+      kind: of seconds, "wall" or "cpu".
+    """
+    rates = [
+        [took.count / getattr(took, kind) for took in rounds]
+        for name, rounds in found.items()
+        if name.startswith(PREFIX)
+    ]
     return [max(of_round) for of_round in zip(*rates, strict=True)]
+
+
+def utilisation(
+    name: str,
+    flops: float,
+    took: list[Took],
+    found: Mapping[str, list[Took]],
+    conditions: dict[str, Any],
+) -> Iterator[Measurement]:
+    """MFU: FLOPs per second of the model, of the best that products do in the same round.
+
+    Args:
+      name: begins that of the measurement.
+      flops: by the formula, of one piece of work.
+      took: of that work.
+      found: from `timing.rounds`, with the ceiling.
+      conditions: see Measurement.
+    """
+    for kind, called in timing.kinds().items():
+        pairs = zip(took, best(found, kind), strict=True)
+        shares = [flops * t.count / getattr(t, kind) / most for t, most in pairs]
+        yield summarize(f"{name}: MFU", shares, f"of the ceiling ({called})", conditions)
 
 
 def _turn(dtype: jnp.dtype, mesh: Mesh, side: int, repeats: int) -> Callable[[], Took]:

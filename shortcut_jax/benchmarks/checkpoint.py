@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from shortcut_jax import checkpoint, state
-from shortcut_jax.benchmarks import Measurement, Options, step, summarize, workloads
+from shortcut_jax.benchmarks import Measurement, Options, runner, summarize, workloads
+from shortcut_jax.state import TrainState
 
 GIGA = 1e9
 
@@ -21,8 +22,8 @@ def measure(options: Options) -> Iterator[Measurement]:
     """The workload of this back end: seconds of a save beside those of a step."""
     workload = workloads.middle(options.small)
     config = workload.configs()[workloads.MOST_MEMORY]
-    compiled = step.compile_step(config)
-    steps = step.Steps({"": compiled})
+    compiled = runner.compile_step(config)
+    steps = runner.Steps({"": compiled})
     in_a_turn = 1 if jax.default_backend() == "cpu" else 10
     with tempfile.TemporaryDirectory(prefix="benchmark.") as scratch:
         checkpoints = checkpoint.Checkpoints(scratch, keep=1)
@@ -52,7 +53,11 @@ def measure(options: Options) -> Iterator[Measurement]:
 
 
 def _round(
-    checkpoints: checkpoint.Checkpoints, steps: step.Steps, number: int, in_a_turn: int, shapes: Any
+    checkpoints: checkpoint.Checkpoints,
+    steps: runner.Steps,
+    number: int,
+    in_a_turn: int,
+    shapes: Any,
 ) -> dict[str, float]:
     """Seconds of a step, of a save, until it is finished, and of reading it."""
     found = {"step": steps.run("", in_a_turn).wall / in_a_turn}

@@ -79,12 +79,22 @@ def measure_sampling(
     products = 1 if on_cpu else 10
     ceilings = ceiling.contenders(setup.network.dtype, setup.mesh, products, small)
     found = timing.rounds(turns | ceilings, repeats)
-    most = ceiling.best(found)
+    conditions: dict[str, Any] = {
+        "network": topology.network_name(setup.config.model),
+        "objective": dict(setup.config.objective.items()),
+        "batch_size": setup.config.eval.batch_size,
+        "dtype": jnp.dtype(setup.network.dtype).name,
+        "autoencoder": f"{setup.config.autoencoder.kind}, float32",
+        "mesh": dict(setup.mesh.shape),
+    }
     for steps in num_steps:
         for suffix, extra in (("", 0.0), ("/decoded", decode_flops(setup))):
             each = sample_flops(setup, steps) + extra
-            took = found[f"{steps}{suffix}"]
-            yield from _of_one(f"{name}/{steps}{suffix}", setup, each, took, most)
+            took, title = found[f"{steps}{suffix}"], f"{name}/{steps}{suffix}"
+            rates = [t.count / t.wall for t in took]
+            yield summarize(title, rates, "samples / s", conditions)
+            yield summarize(f"{title}: FLOPs", [each / GIGA], "GFLOP / sample", conditions)
+            yield from ceiling.utilisation(title, each, took, found, conditions)
 
 
 def sample_flops(setup: run.Setup, num_steps: int) -> float:
@@ -134,21 +144,3 @@ def _turn(
         return batches * setup.config.eval.batch_size
 
     return lambda: timing.timed(work)
-
-
-def _of_one(
-    name: str, setup: run.Setup, each: float, took: list[Took], ceilings: list[float]
-) -> Iterator[Measurement]:
-    conditions: dict[str, Any] = {
-        "network": topology.network_name(setup.config.model),
-        "objective": dict(setup.config.objective.items()),
-        "batch_size": setup.config.eval.batch_size,
-        "dtype": jnp.dtype(setup.network.dtype).name,
-        "autoencoder": setup.config.autoencoder.kind,
-        "mesh": dict(setup.mesh.shape),
-    }
-    rates = [t.count / t.wall for t in took]
-    yield summarize(name, rates, "samples / s", conditions)
-    yield summarize(f"{name}: FLOPs", [each / GIGA], "GFLOP / sample", conditions)
-    mfu = [each * rate / most for rate, most in zip(rates, ceilings, strict=True)]
-    yield summarize(f"{name}: MFU", mfu, "of the ceiling", conditions)

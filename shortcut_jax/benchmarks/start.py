@@ -26,12 +26,12 @@ def main(began: float, small: bool) -> dict[str, Any]:
     mark("import shortcut_jax.train")
     import jax
 
-    from shortcut_jax.benchmarks import inputs, step, workloads
+    from shortcut_jax.benchmarks import inputs, runner, workloads
 
     device = jax.devices()[0].device_kind
     mark("devices")
     workload = workloads.middle(small)
-    compiled = step.compile_step(workload.configs()[workloads.MOST_MEMORY])
+    compiled = runner.compile_step(workload.configs()[workloads.MOST_MEMORY])
     mark("compiled")
     program = compiled.program
     train_state = jax.jit(program.init, out_shardings=program.state_sharding)()

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from shortcut_jax.benchmarks import Measurement, summarize
 
 
@@ -50,6 +52,15 @@ def rounds(contenders: Mapping[str, Callable[[], Took]], repeats: int) -> dict[s
         for name, run in contenders.items():
             found[name].append(run())
     return found
+
+
+def kinds() -> dict[str, str]:
+    """Fields of `Took` to compare by, and what they are called: CPU seconds only of a CPU's work.
+
+    An accelerator works while no CPU does.
+    """
+    found = {"wall": "time"}
+    return found | {"cpu": "CPU s"} if jax.default_backend() == "cpu" else found
 
 
 def rates(

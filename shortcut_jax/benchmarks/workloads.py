@@ -30,7 +30,7 @@ class Workload:
     """Steps of one network at one batch size, by several objectives.
 
     Attributes:
-      name: in the names of measurements.
+      name: in the names of measurements; a number in it is of rows per accelerator.
       network: see `build`.
       batch_size: over all devices; None = what fills their memory.
       contenders: keys of CONTENDERS.
@@ -51,17 +51,24 @@ class Workload:
 def standard(small: bool) -> list[Workload]:
     """What is measured where nobody asks for anything else: by the back end of this process."""
     few = ("flow_matching", MOST_MEMORY)
+    groups = 8 * jax.device_count()  # of bootstrap_fraction = 1/8
     if small:
-        return [Workload("tiny", TINY, 16, few)]
+        return [Workload("tiny", TINY, max(16, groups), few)]
     if jax.default_backend() == "cpu":
-        return [Workload("narrow", NARROW, 32)]
-    return [
-        Workload("dit_b2/64", "B/2", 64, few),
-        Workload("dit_b2/256", "B/2", 256),
-        Workload("dit_b2/fill", "B/2", None, few),
-        Workload("dit_xl2/32", "XL/2", 32, few),
-        Workload("dit_xl2/fill", "XL/2", None, few),
+        return [Workload("narrow", NARROW, max(32, groups))]
+    devices = jax.device_count()
+    fixed = [
+        Workload("dit_b2/64", "B/2", 64 * devices, few),
+        Workload("dit_b2/256", "B/2", 256 * devices),
+        Workload("dit_xl2/32", "XL/2", 32 * devices, few),
     ]
+    fill = [Workload("dit_b2/fill", "B/2", None, few), Workload("dit_xl2/fill", "XL/2", None, few)]
+    return fixed + (fill if memory_limit() else [])
+
+
+def memory_limit() -> int | None:
+    """Bytes that programs may use on a device, or None where it does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def middle(small: bool) -> Workload:

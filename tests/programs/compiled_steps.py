@@ -1,8 +1,9 @@
 """The training step as the compiler left it: for tests/test_meshes.py.
 
 python -m tests.programs.compiled_steps OUT NAME=ARGUMENT[;KEY=VALUE...] ... writes OUT/NAME.txt,
-the compiled program of configs/digits.py:ARGUMENT, and OUT/NAME.json, its FLOPs and number of
-parameters. It also writes OUT/head_of_batch.txt, a layout to avoid.
+the compiled program of configs/digits.py:ARGUMENT, and OUT/NAME.json, its FLOPs on a device, by the
+compiler and by the formula, and number of parameters. It also writes OUT/head_of_batch.txt, a
+layout to avoid.
 """
 
 import ast
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import digits
-from shortcut_jax import run, sharding, state, train
+from shortcut_jax import flops, run, sharding, state, train
 
 # DiT-S in small: 6 heads, an MLP of 4 times the width, as many modulations; tokens of 8x8 images.
 TINY_S = {"hidden_size": 96, "depth": 1, "num_heads": 6, "patch_size": 2, "mlp_ratio": 4.0}
@@ -72,8 +73,11 @@ def main(out: Path, specs: list[str]) -> None:
         config = tiny_config(argument, {key: ast.literal_eval(value) for key, value in pairs})
         compiled = compiled_step(config, out / name)
         (out / f"{name}.txt").write_text(compiled.as_text())
-        flops = compiled.cost_analysis()["flops"]
-        found = {"flops": flops, "parameters": count_parameters(config)}
+        found = {
+            "flops": compiled.cost_analysis()["flops"],
+            "flops_by_formula": flops.train_step(config, (8, 8, 1)) / jax.device_count(),
+            "parameters": count_parameters(config),
+        }
         (out / f"{name}.json").write_text(json.dumps(found))
 
 
