@@ -57,6 +57,45 @@ def test_numbers_are_finite_positive_and_within_their_spread(measured):
     assert ("data/jpeg/adm", "images / CPU s") in units and ("data/jpeg/adm", "images / s") in units
 
 
+def by_name(content):
+    """(name, unit) -> measurement."""
+    return {(found["name"], found["unit"]): found for found in content["measurements"]}
+
+
+def test_what_a_step_and_a_sample_take_is_sound(measured):
+    found = by_name(measured[1])
+    mfu = {key: m for key, m in found.items() if key[0].endswith(": MFU")}
+    assert {name.split("/")[0] for name, _ in mfu} == {"step", "sample"}
+    assert all(0 < m["value"] <= 1.1 for m in mfu.values())
+    for name in ("flow_matching", "shortcut_1_4_guided"):
+        # The tiny network does much that is no product.
+        assert 1 < found[f"step/tiny/{name}: XLA / formula", "x"]["value"] < 1.5
+        size = found[f"step/tiny/{name}: FLOPs", "GFLOP / device"]
+        assert size["conditions"]["batch_size"] == 16
+        peak = found[f"step/tiny/{name}: peak memory", "GB / device"]
+        assert peak["value"] * 1e9 > peak["conditions"]["state_bytes"]
+
+
+def test_the_cost_of_a_shortcut_step_is_beside_that_of_its_flops(measured):
+    found = by_name(measured[1])
+    for kind in ("time", "CPU s"):
+        cost = found["step/tiny/shortcut_1_4_guided: cost", f"x flow_matching's {kind}"]
+        relative = found["step/tiny/shortcut_1_4_guided: cost / FLOPs", f"x FLOPs' ({kind})"]
+        # 3 passes for a row; 2 more for every fourth, and as many for its twin without a label.
+        assert cost["conditions"]["ratio_of_flops"] == pytest.approx((3 + 2 * 2 / 4) / 3)
+        assert cost["value"] == pytest.approx(relative["value"] * 4 / 3)
+
+
+def test_a_start_finds_its_program_in_the_cache_of_the_one_before(measured):
+    found = by_name(measured[1])
+    cold, warm = (found[f"startup/tiny/{kind}: compiled", "s"] for kind in ("cold", "warm"))
+    assert cold["value"] > warm["value"]
+    for kind in ("cold", "warm"):
+        stages = [m["value"] for (name, _), m in found.items() if f"startup/tiny/{kind}: " in name]
+        whole = found[f"startup/tiny/{kind}", "s to the end of the first step"]["value"]
+        assert len(stages) == 7 and sum(stages) == pytest.approx(whole)
+
+
 def test_the_table_has_every_number_and_the_file_the_machine(measured):
     done, content = measured
     for found in content["measurements"]:

@@ -13,7 +13,6 @@ import jax
 
 from shortcut_jax import checkpoint, state
 from shortcut_jax.benchmarks import Measurement, Options, runner, summarize, workloads
-from shortcut_jax.state import TrainState
 
 GIGA = 1e9
 
