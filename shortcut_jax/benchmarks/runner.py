@@ -72,7 +72,7 @@ def compile_step(config: ConfigDict) -> Step:
         flops=flops.train_step(config, setup.image_shape),
         xla_flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
-        peak=topology.peak_memory(compiled.memory_analysis(), sharding.platform(setup.mesh)),
+        peak=topology.peak_memory(compiled, sharding.platform(setup.mesh)),
         state_bytes=topology.state_bytes(program),
         seconds=seconds,
     )
