@@ -21,6 +21,7 @@ BY_OBJECTIVE = {
 def base(c: ConfigDict) -> None:
     c.total_steps = 6400
     c.batch_size = 64
+    c.steps_per_dispatch = 20  # an update takes little longer than asking for one
     c.ema_rate = 0.99  # with the learning rate annealed, a longer memory only lags behind
     c.data.update(name="digits", split="train+test")
     c.model.update(patch_size=2, hidden_size=64, depth=3, num_heads=4)
@@ -37,6 +38,7 @@ def small(c: ConfigDict) -> None:
     """Seconds instead of minutes, for tests: the same code, everything smaller."""
     c.total_steps = 8
     c.batch_size = 32
+    c.steps_per_dispatch = 1
     c.model.update(hidden_size=32, depth=1, num_heads=2)
     c.optimizer.update(schedule="constant", warmup_steps=0)  # tests continue to more steps
     c.checkpoint.every = 4

@@ -33,6 +33,7 @@ def default() -> ConfigDict:
             "total_steps": 400_000,
             "batch_size": 256,  # over all devices
             "accumulation_steps": 1,  # parts of the batch that go through the network in turn
+            "steps_per_dispatch": 1,  # updates that the host leaves the devices alone with
             "ema_rate": 0.999,  # per step; EMA parameters make bootstrap targets and samples
             "averages": {  # further averages of the parameters, to be evaluated: docs/ema.md
                 "rates": (),  # EMAs of these rates per step; their names are ema_RATE
@@ -124,6 +125,7 @@ MAY_CHANGE_ON_RESUME = (
     "autoencoder.weights",  # the same file may lie elsewhere; a checkpoint knows its sha256
     "mesh",
     "accumulation_steps",
+    "steps_per_dispatch",
     *LAYOUT,
     "checkpoint",
     "log",

@@ -22,15 +22,16 @@ class Preempted(Exception):
 
 
 class Notice:
-    """Whether the run is asked to leave: `with Notice() as notice: ... notice.reached(step)`.
+    """Whether the run is asked to leave: `with Notice() as notice: ... notice.reached()`.
 
     Alone, this process listens for SIGTERM itself, in the main thread; further ones change nothing,
     so that none interrupts the last save. Among several, jax.distributed listens from the start and
-    lets all processes agree on the step, whichever of them was signalled.
+    lets all processes agree on the call, whichever of them was signalled.
     """
 
     def __init__(self) -> None:
         self._asked = False
+        self._calls = 0
         self._before: Any = None
 
     def __enter__(self) -> "Notice":
@@ -47,12 +48,13 @@ class Notice:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and leave before step `step`; all processes must ask, once per step."""
+    def reached(self) -> bool:
+        """Whether to save and leave now; all processes must ask before the same steps."""
+        self._calls += 1  # and not the step: numbers that are left out may be what is agreed on
         if distributed.several():
             from jax.experimental import multihost_utils
 
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._calls)
         return self._asked
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -1,12 +1,14 @@
 """The step of a run with all that it takes to compile it: for this machine or for another one."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from shortcut_jax import averages, run, sharding, state
 from shortcut_jax.objectives import Batch
@@ -36,19 +38,68 @@ class Program:
     mesh: Mesh
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for the devices of the mesh, as the compiler gets it; state updated in place."""
+        """(state, batch) -> state: the step for the devices of the mesh, state updated in place."""
+        return self._lower(self.step, self.batch_shape)
+
+    def compile(self) -> jax.stages.Compiled:
+        """What `lower` gives, compiled."""
+        return self._compile(self.lower())
+
+    def compile_several(self, most: int) -> jax.stages.Compiled:
+        """(state, batches, count) -> state: steps that the host has no part in, one after another.
+
+        Their numbers are those of so many calls of the step of `compile`, to the last bit.
+
+        Args:
+          most: length of the tuple `batches`, of which the first `count`, int32 [], are used.
+        """
+
+        def several(old: TrainState, batches: tuple[Batch, ...], count: jax.Array) -> TrainState:
+            if most == 1:
+                return self.step(old, batches[0])
+            stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *batches)
+            return jax.lax.fori_loop(
+                0, count, lambda i, new: self.step(new, jax.tree.map(lambda a: a[i], stacked)), old
+            )
+
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        whole = (sharding.replicated(self.mesh),)
+        return self._compile(
+            self._lower(several, (self.batch_shape,) * most, count, further=whole)
+        )
+
+    def _lower(
+        self, step: Callable[..., TrainState], *inputs: Any, further: tuple[Any, ...] = ()
+    ) -> jax.stages.Lowered:
         jitted = jax.jit(
-            self.step,
-            in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh)),
+            step,
+            in_shardings=(self.state_sharding, sharding.batch_sharding(self.mesh), *further),
             out_shardings=self.state_sharding,
             donate_argnums=0,
         )
-        return jitted.lower(self.state_shape, self.batch_shape)
+        return jitted.lower(self.state_shape, *inputs)
 
-    def compile(self) -> jax.stages.Compiled:
-        """The step for the devices of the mesh."""
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         options = state.compiler_options(sharding.platform(self.mesh))
-        return self.lower().compile(compiler_options=options)
+        return lowered.compile(compiler_options=options)
+
+
+def dispatches(config: ConfigDict, first: int) -> Iterator[tuple[int, int]]:
+    """Where the host has something to do: (steps done, steps that the devices are given then).
+
+    They get `steps_per_dispatch`, or as many as there are up to where something is next logged,
+    evaluated or saved. The last is (total_steps, 0).
+    """
+    every = [config.log.every, config.checkpoint.every, config.eval.every]
+    every += [config.averages.snapshot_every] if config.averages.power else []
+    step = first
+    while step < config.total_steps:
+        to_next = (n - step % n for n in every if n > 0)
+        count = min(config.steps_per_dispatch, config.total_steps - step, *to_next)
+        yield step, count
+        step += count
+    if step == config.total_steps:  # which a run with fewer steps than its checkpoint has passed
+        yield step, 0
 
 
 def build(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from clu import parameter_overview
@@ -221,14 +222,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     ##################################################################################
 
     with clock.phase("compile"):
-        compiled = program.compile()
+        compiled = program.compile_several(config.steps_per_dispatch)
     run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
     distributed.gather("compiled")  # gloo waits 30 s, no more, for the first step of the others
 
     ##################################################################################
     #  Loop. Do not change the order: evaluate -> save (-> leave) -> next batch -> step -> log.
     #  Evaluating and saving see the same, old parameters, and no batch is drawn before the save:
-    #  a run resumed from that save does what the uninterrupted one did next.
+    #  a run resumed from that save does what the uninterrupted one did next. Between these the
+    #  devices may get several steps at once; nothing is due within them.
     ##################################################################################
 
     first = start or 0
@@ -243,7 +245,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         process_count=jax.process_count(),
         flip=config.data.flip and train_data.holds != "samples",
         num_workers=config.data.get("workers", 0) if train_data.holds == "images" else 0,
+        prefetch=max(8, config.steps_per_dispatch),
     )
+
+    def next_batch() -> Batch:
+        arrays = sharding.to_global(next(batches), rows)
+        return Batch(**{**arrays, "image": encode(arrays["image"])})
+
     logger = MetricLogger(
         workdir,
         config.total_steps,
@@ -252,10 +260,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         restart_step=start,
     )
     with batches, logger, preemption.Notice() as notice:
-        for step in range(first, config.total_steps + 1):
+        for step, count in program_lib.dispatches(config, first):
             new = step > first  # nothing is due twice after a resume
             last = step == config.total_steps
-            leave = notice.reached(step)
+            leave = notice.reached()
             evaluate = config.eval.every and step % config.eval.every == 0 and (new or unevaluated)
 
             if evaluate and not leave:
@@ -284,16 +292,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 break
 
             with clock.phase("data"):
-                arrays = sharding.to_global(next(batches), rows)
-                batch = Batch(**{**arrays, "image": encode(arrays["image"])})
+                ahead = [next_batch() for _ in range(count)]
+                ahead += ahead[-1:] * (config.steps_per_dispatch - count)  # left alone
+                used = sharding.to_global(np.int32(count), sharding.replicated(mesh))
             with jax.transfer_guard("disallow"):
-                train_state = compiled(train_state, batch)
+                train_state = compiled(train_state, tuple(ahead), used)
 
-            if (step + 1) % config.log.every == 0:
+            done = step + count
+            if done % config.log.every == 0:
                 averages = _averages(train_state)
-                _check_finite(averages, step + 1, config, checkpoints)
+                _check_finite(averages, done, config, checkpoints)
                 checkpoints.check()
-                logger.scalars(step + 1, averages, clock.tick(step + 1))
+                logger.scalars(done, averages, clock.tick(done))
 
         with clock.phase("checkpoint"):
             checkpoints.close()

@@ -138,11 +138,12 @@ def mesh_shape(mesh: ConfigDict, num_devices: int) -> tuple[int, int]:
 
 
 _POSITIVE = (
-    "total_steps", "batch_size", "accumulation_steps", "model.patch_size", "model.hidden_size",
-    "model.depth", "model.num_heads", "model.mlp_ratio", "model.time_scale", "optimizer.lr",
-    "optimizer.eps", "checkpoint.every", "checkpoint.keep", "log.every", "eval.batch_size",
-    "eval.grid_rows", "objective.num_pairs", "objective.pair_steps", "objective.reflow_steps",
-    "objective.time_std", "data.image_size", "data.num_classes", "autoencoder.scale",
+    "total_steps", "batch_size", "accumulation_steps", "steps_per_dispatch", "model.patch_size",
+    "model.hidden_size", "model.depth", "model.num_heads", "model.mlp_ratio", "model.time_scale",
+    "optimizer.lr", "optimizer.eps", "checkpoint.every", "checkpoint.keep", "log.every",
+    "eval.batch_size", "eval.grid_rows", "objective.num_pairs", "objective.pair_steps",
+    "objective.reflow_steps", "objective.time_std", "data.image_size", "data.num_classes",
+    "autoencoder.scale",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "optimizer.warmup_steps", "optimizer.weight_decay", "eval.every", "eval.seed",

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from configs import digits
-from shortcut_jax import preemption, state, train
+from shortcut_jax import preemption, program, state, train
 from tests.test_resume import finished_checkpoints, read_lines, read_meta
 
 TOTAL, LEAVES = 4, 2
@@ -32,16 +32,17 @@ def config():
 @pytest.fixture
 def signalled(monkeypatch):
     """signalled(step): SIGTERM comes, and comes again, before that step."""
-    reached = preemption.Notice.reached
+    dispatches = program.dispatches
 
     def install(at):
-        def ask(notice, step):
-            if step == at:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-            return reached(notice, step)
+        def interrupted(config, first):
+            for step, count in dispatches(config, first):
+                if step == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield step, count
 
-        monkeypatch.setattr(preemption.Notice, "reached", ask)
+        monkeypatch.setattr(program, "dispatches", interrupted)
 
     yield install
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -82,7 +83,7 @@ def test_other_threads_leave_signals_alone():
 
     def enter():
         with preemption.Notice() as notice:
-            found.append(notice.reached(1))
+            found.append(notice.reached())
 
     thread = threading.Thread(target=enter)
     thread.start()

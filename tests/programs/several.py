@@ -63,7 +63,7 @@ def save(out: Path) -> None:
 def leave(out: Path) -> None:
     with preemption.Notice() as notice:
         for step in range(1000):
-            if notice.reached(step):
+            if notice.reached():
                 (out / f"left_{jax.process_index()}").write_text(str(step))
                 raise preemption.Preempted(f"asked to leave at step {step}")
             if jax.process_index() == 1 and step in (3, 4):
