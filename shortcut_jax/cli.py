@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from shortcut_jax import distributed, preemption
+from shortcut_jax import compilation_cache, distributed, preemption
 from shortcut_jax.errors import UserError
 
 Parser = Callable[[Sequence[str]], list[str]]
@@ -27,6 +27,7 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        compilation_cache.use()
         try:
             function(*argv[1:])
         except UserError as error:
