@@ -5,10 +5,12 @@ pipeline delivers, before the step; `draw` x_1 from it, within the step. Samples
 `decode`.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shortcut_jax import autoencoder_weights, sharding
-from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
 from shortcut_jax.rng import Draw
+
+if TYPE_CHECKING:  # TFDS is imported only when data is opened.
+    from shortcut_jax.data.sources import Dataset
 
 Shape = tuple[int, int, int]
 
