@@ -38,6 +38,8 @@ from shortcut_jax.sample_files import Sink
 
 PARTIAL = "partial"  # folder in eval/
 
+Outputs = Callable[[], dict[str, NDArray[np.float32]]]  # of a network, waited for when called
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -146,7 +148,8 @@ class Evaluator:
         for cell in first.values():
             collections = [gauge.of_samples(section.batch_size) for gauge in self._gauges]
             images, _ = self._dispatch(params, cell, 0)
-            self._update(collections, sharding.local_rows(images), section.batch_size)
+            begun = self._begin(sharding.local_rows(images))
+            self._update(collections, begun, section.batch_size)
 
     def _sample(
         self, params: Any, cell: Cell, partial: Partial, sink: Sink | None
@@ -166,9 +169,9 @@ class Evaluator:
                 {k.removeprefix(prefix): a for k, a in stored.items() if k.startswith(prefix)}
             )
         progress = Progress(f"samples in {cell.num_steps} steps", total, begin)
-        for first, images, labels in self._batches(params, cell, begin):
+        for first, images, labels, outputs in self._measured(params, cell, begin):
             n = min(size, total - first)  # the last batch is sampled whole and cut
-            self._update(collections, images, n)
+            self._update(collections, outputs, n)
             if sum(map(len, pictures)) < section.grid_rows:
                 pictures.append(sampling.to_uint8(self._whole(images)[:n]))
             done = first + n
@@ -181,12 +184,29 @@ class Evaluator:
             progress(done)
         return collections, np.concatenate(pictures)[: section.grid_rows]
 
+    def _measured(
+        self, params: Any, cell: Cell, begin: int
+    ) -> Iterator[tuple[int, NDArray[np.float32], jax.Array, list[Outputs]]]:
+        """As `_batches`, with what the gauges see in the images of this process.
+
+        Devices do what they are given in turn. So that they always have something, batch i + 2 is
+        drawn, and the features of batch i + 1 are on their way, before those of batch i are read.
+        """
+        ahead = None
+        for first, images, labels in self._batches(params, cell, begin):
+            following = first, images, labels, self._begin(images)
+            if ahead is not None:
+                yield ahead
+            ahead = following
+        if ahead is not None:
+            yield ahead
+
     def _batches(
         self, params: Any, cell: Cell, begin: int
     ) -> Iterator[tuple[int, NDArray[np.float32], jax.Array]]:
         """Index of the first sample, images of this process, labels of all, batch by batch.
 
-        The next batch is given to the devices before this one is measured on the host.
+        The next batch is given to the devices before this one is fetched.
         """
         section = self._setup.config.eval
         ahead = None
@@ -204,13 +224,16 @@ class Evaluator:
         x, labels = self._sampler(cell.cfg_scale)(params, indices, cell.num_steps)
         return self._setup.space.decode(x), labels
 
+    def _begin(self, images: NDArray[Any]) -> list[Outputs]:
+        """Gives images to the network of every gauge, without waiting for it."""
+        return [gauge.extractor.begin(images) for gauge in self._gauges]
+
     def _update(
-        self, collections: Sequence[gauges_lib.Collection], images: NDArray[Any], n: int
+        self, collections: Sequence[gauges_lib.Collection], begun: Sequence[Outputs], n: int
     ) -> None:
         """Adds the first n images of a batch, of which each process has its own rows."""
-        for gauge, collection in zip(self._gauges, collections, strict=True):
-            outputs = gauge.extractor.outputs(images)
-            collection.update({k: self._whole(a)[:n] for k, a in outputs.items()})
+        for outputs, collection in zip(begun, collections, strict=True):
+            collection.update({k: self._whole(a)[:n] for k, a in outputs().items()})
 
     def _whole(self, rows: NDArray[Any]) -> NDArray[Any]:
         """A batch of which each process has its own rows."""

@@ -12,6 +12,7 @@ from configs import digits
 from shortcut_jax import evaluation, evaluation_report, grid, metrics, run, sharding, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.metrics.protocols import PLAIN, quantise
+from shortcut_jax.partial import Partial
 from tests.kept_samples import by_steps
 
 # ------------------------------------------------------------------ sample i is sample i
@@ -85,6 +86,9 @@ class MeanPixels:
         flat = levels.reshape(len(images), -1).astype(np.float32)
         return {"features": np.stack([flat.mean(1), flat[:, 0]], axis=1)}
 
+    def begin(self, images):
+        return lambda: self.outputs(images)
+
 
 @pytest.fixture(scope="module")
 def measured():
@@ -107,6 +111,47 @@ def measured():
         cells = grid.cells(setup, grid.Grid(steps=(1, 2)))
         found = evaluator.run(params, 7, cells, sink=sink)
     return extractor, images, config, found, kept
+
+
+def test_devices_have_the_next_batches_before_anything_is_waited_for(measured, monkeypatch):
+    """Sampling of batch i + 2 and the network on i + 1 are begun before the features of i are read;
+    nothing is done twice."""
+    _, _, config, _, _ = measured
+    events = []
+
+    class Recorded(MeanPixels):
+        def begin(self, images):
+            batch = sum(name == "features begun" for name, _ in events)
+            events.append(("features begun", batch))
+
+            def finish():
+                events.append(("features read", batch))
+                return self.outputs(images)
+
+            return finish
+
+    class Recording(evaluation.Evaluator):
+        def _dispatch(self, params, cell, first):
+            events.append(("sampling begun", first // 4))
+            return super()._dispatch(params, cell, first)
+
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_: Recorded())
+    setup = run.prepare(config)
+    params = state.init_params(setup.network, setup.image_shape, 0)
+    evaluator = Recording(setup, None, sharding.shard_tree(params, setup.mesh))
+    evaluator._references = []  # nothing is compared here
+    evaluator._sample(params, grid.Cell("ema", 1.0, 1), Partial(None, {}), None)
+    assert [event for event in events if event[0] == "features read"] == [
+        ("features read", 0), ("features read", 1), ("features read", 2)
+    ]  # fmt: skip
+    assert events[:5] == [
+        ("sampling begun", 0),
+        ("sampling begun", 1),
+        ("features begun", 0),
+        ("sampling begun", 2),
+        ("features begun", 1),
+    ]
+    assert len(events) == len(set(events)) == 9
 
 
 def test_every_sample_and_every_reference_image_counts_once(measured):

@@ -60,6 +60,10 @@ class Extractor:
         Raises:
             UserError: another dtype or shape, or a sample is not finite.
         """
+        return self.begin(images)()
+
+    def begin(self, images: NDArray[Any]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """As `outputs`, which are what the function returned here waits for and gives."""
         if not fits(images.shape[1:], self.image_shape):
             raise UserError(
                 f"{self.name} takes images of shape (n, {shape_text(self.image_shape)[1:]}, got "
@@ -72,8 +76,13 @@ class Extractor:
             some = levels[start : start + self.batch]
             padded = np.zeros((self.batch, *levels.shape[1:]), levels.dtype)
             padded[: len(some)] = some
-            parts.append({k: np.asarray(v)[: len(some)] for k, v in self.forward(padded).items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append((self.forward(padded), len(some)))
+
+        def finish() -> dict[str, NDArray[np.float32]]:
+            found = [{k: np.asarray(v)[:n] for k, v in part.items()} for part, n in parts]
+            return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+        return finish
 
 
 def fits(shape: tuple[int, ...], expected: ImageShape) -> bool:
