@@ -37,6 +37,9 @@ TORCH_PYTHON = flags.DEFINE_string(
     "",
     "Python of an environment with diffusers or torch-fidelity: compares vae or metrics there.",
 )
+AUTHORS = flags.DEFINE_string(
+    "authors", "", "Checkout of the authors' code: compares digits with it."
+)
 
 WIDTH = 56  # of the names in the table
 
@@ -57,7 +60,9 @@ def main() -> None:
     check_parts(PARTS.value)
     if OUT.value:
         cli.check_writable("--out", Path(OUT.value).absolute().parent)
-    options = benchmarks.Options(REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value)
+    options = benchmarks.Options(
+        REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value, AUTHORS.value
+    )
     about = machine()
     print(_line(about), flush=True)
     print(f"{'':{WIDTH}} {'median':>10}  {'from':>10} {'to':>10}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 # this one takes for good with the first part after it.
 PARTS = {
     name: f"shortcut_jax.benchmarks.{name}"
-    for name in ("startup", "step", "sample", "checkpoint", "data", "vae", "metrics")
+    for name in ("startup", "step", "sample", "checkpoint", "data", "vae", "metrics", "digits")
 }
 
 
@@ -25,12 +25,14 @@ class Options:
       repeats: rounds, of which the median counts.
       small: tiny inputs, to see that everything runs; the numbers then say little.
       tf_python, torch_python: Python of an environment to compare with; "" compares nothing.
+      authors: folder of the authors' code, to compare with.
     """
 
     repeats: int = 5
     small: bool = False
     tf_python: str = ""
     torch_python: str = ""
+    authors: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
