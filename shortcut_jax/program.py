@@ -64,9 +64,7 @@ class Program:
 
         count = jax.ShapeDtypeStruct((), jnp.int32)
         whole = (sharding.replicated(self.mesh),)
-        return self._compile(
-            self._lower(several, (self.batch_shape,) * most, count, further=whole)
-        )
+        return self._compile(self._lower(several, (self.batch_shape,) * most, count, further=whole))
 
     def _lower(
         self, step: Callable[..., TrainState], *inputs: Any, further: tuple[Any, ...] = ()
