@@ -107,6 +107,15 @@ def test_the_ceiling_of_a_round_is_its_best_side():
     )  # fmt: skip
 
 
+def test_a_cost_is_a_step_beside_one_of_the_first_contender():
+    shortcut, base = (SimpleNamespace(flops=f, facts=dict) for f in (3.0, 2.0))
+    rounds = took(wall=[3.0, 6.0]), took(wall=[2.0, 2.0])
+    cost, relative, *by_cpu = step._costs("x", "base", shortcut, base, *rounds)
+    assert (cost.spread, relative.spread) == ((1.5, 3.0), (1.0, 2.0))
+    assert (cost.unit, relative.unit) == ("x base's time", "x FLOPs' (time)")
+    assert [m.value for m in by_cpu] == [cost.value, relative.value]
+
+
 def test_a_turn_of_the_ceiling_says_what_it_did():
     turns = ceiling.contenders(jnp.float32, sharding.make_mesh(1, 1), 2, small=True)
     (side,) = ceiling.SMALL_SIDES
