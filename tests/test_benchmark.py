@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shortcut_jax import benchmark
-from shortcut_jax.benchmarks import data, latents, timing
+from shortcut_jax import benchmark, benchmarks
+from shortcut_jax.benchmarks import data, latents, startup, timing
 from shortcut_jax.benchmarks.peer import FOLDER, Peer
 from shortcut_jax.errors import UserError
 from tests.sentences import assert_sentence
@@ -25,9 +27,11 @@ CHECKPOINT = ("size", "first save", "save", "step", "commit", "restore")
 
 @pytest.fixture(scope="module")
 def measured(run_python, tmp_path_factory):
-    """Process of all parts in small, and what it wrote."""
+    """Process of all parts in small but `startup`, and what it wrote."""
     out = tmp_path_factory.mktemp("benchmark") / "new" / "all.json"
-    done = run_python([*COMMAND, f"--out={out}"], env={"XLA_FLAGS": FAST_COMPILE}, timeout=250)
+    parts = [part for part in benchmarks.PARTS if part != "startup"]
+    command = [*COMMAND, f"--parts={','.join(parts)}", f"--out={out}"]
+    done = run_python(command, env={"XLA_FLAGS": FAST_COMPILE}, timeout=250)
     assert done.returncode == 0
     return done, json.loads(out.read_text())
 
@@ -37,7 +41,6 @@ def test_numbers_are_finite_positive_and_within_their_spread(measured):
     names = {found["name"] for found in content["measurements"]}
     whole = {name for name in names if ": " not in name or name.startswith("metrics/")}
     assert whole == {
-        *(f"startup/tiny/{cache}" for cache in ("cold", "warm")),
         *(f"step/tiny/{name}" for name in ("ceiling", "flow_matching", "shortcut_1_4_guided")),
         *(f"sample/tiny/{steps}{how}" for steps in (1, 4) for how in ("", "/decoded")),
         *(f"checkpoint/tiny/{name}" for name in CHECKPOINT),
@@ -86,14 +89,50 @@ def test_the_cost_of_a_shortcut_step_is_beside_that_of_its_flops(measured):
         assert cost["value"] == pytest.approx(relative["value"] * 4 / 3)
 
 
-def test_a_start_finds_its_program_in_the_cache_of_the_one_before(measured):
-    found = by_name(measured[1])
+STAGES = [
+    *("python", "import shortcut_jax", "import shortcut_jax.train", "devices"),
+    *("compiled", "train state", "first step"),
+]
+
+
+def test_a_start_says_when_each_stage_was_done(measured, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)  # finds the step that `measured` has compiled
+    found = startup._start(small=True, cache=Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    times = list(found["done"].values())
+    assert list(found["done"]) == STAGES and times == sorted(times) and times[0] > 0
+    assert found["conditions"]["workload"] == "tiny"
+
+
+def test_stages_of_a_start_add_up(monkeypatch):
+    def start(small, cache):
+        assert small and cache.is_dir()
+        times = {"python": 1.0, "first step": 3.5 if any(cache.iterdir()) else 9.0}
+        (cache / "program").touch()
+        return {"done": times, "conditions": {"workload": "w"}}
+
+    monkeypatch.setattr(startup, "_start", start)
+    found = {m.name: m.value for m in startup.measure(benchmarks.Options(5, small=True))}
+    assert found == {
+        "startup/w/cold: python": 1.0,
+        "startup/w/cold: first step": 8.0,
+        "startup/w/cold": 9.0,
+        "startup/w/warm: python": 1.0,
+        "startup/w/warm: first step": 2.5,
+        "startup/w/warm": 3.5,
+    }
+
+
+@pytest.mark.slow
+def test_a_start_finds_its_program_in_the_cache_of_the_one_before(run_python, tmp_path):
+    out = tmp_path / "startup.json"
+    assert run_python([*COMMAND, "--parts=startup", f"--out={out}"]).returncode == 0
+    found = by_name(json.loads(out.read_text()))
     cold, warm = (found[f"startup/tiny/{kind}: compiled", "s"] for kind in ("cold", "warm"))
     assert cold["value"] > warm["value"]
-    for kind in ("cold", "warm"):
-        stages = [m["value"] for (name, _), m in found.items() if f"startup/tiny/{kind}: " in name]
-        whole = found[f"startup/tiny/{kind}", "s to the end of the first step"]["value"]
-        assert len(stages) == 7 and sum(stages) == pytest.approx(whole)
+    assert {name for name, _ in found if "cold" in name} == {
+        "startup/tiny/cold",
+        *(f"startup/tiny/cold: {stage}" for stage in STAGES),
+    }
 
 
 def test_the_table_has_every_number_and_the_file_the_machine(measured):

@@ -32,7 +32,7 @@ def lowered_flops(config):
     return program.lower().cost_analysis()["flops"], flops.train_step(config, setup.image_shape)
 
 
-@pytest.mark.parametrize("name", workloads.CONTENDERS)
+@pytest.mark.parametrize("name", ["flow_matching", "shortcut_1_4", "shortcut_1_8_guided"])
 def test_every_step_does_the_products_of_the_formula(name):
     """XLA counts what is no product, too: less than one percent in a network of DiT-S's width."""
     network = workloads.NARROW | {"depth": 1}

@@ -19,8 +19,7 @@ GIGA = 1e9
 
 def measure(options: Options) -> Iterator[Measurement]:
     """The workload of this back end: seconds of a save beside those of a step."""
-    workload = workloads.middle(options.small)
-    config = workload.configs()[workloads.MOST_MEMORY]
+    workload, config = workloads.one(options.small)
     compiled = runner.compile_step(config)
     steps = runner.Steps({"": compiled})
     in_a_turn = 1 if jax.default_backend() == "cpu" else 10
@@ -35,7 +34,7 @@ def measure(options: Options) -> Iterator[Measurement]:
         ]
         size = sum(p.stat().st_size for p in Path(scratch).rglob("*") if p.is_file())
         checkpoints.close()
-    name = f"checkpoint/{workload.name}"
+    name = f"checkpoint/{workload}"
     conditions = compiled.facts() | {"bytes": size}
 
     def each(what: str) -> list[float]:
