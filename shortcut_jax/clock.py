@@ -4,6 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+import jax
+
 PHASES = ("start", "pairs", "compile", "data", "evaluate", "checkpoint")
 
 # Waiting for data slows every step down, so it belongs in the speed. The other phases come a few
@@ -58,7 +60,8 @@ class Clock:
         self._book()
         outer, self._phase = self._phase, name
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):  # seen by a profiler, if one is on
+                yield
         finally:
             self._book()
             self._phase = outer

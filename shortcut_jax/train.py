@@ -295,15 +295,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 ahead = [next_batch() for _ in range(count)]
                 ahead += ahead[-1:] * (config.steps_per_dispatch - count)  # left alone
                 used = sharding.to_global(np.int32(count), sharding.replicated(mesh))
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), jax.profiler.TraceAnnotation("dispatch"):
                 train_state = compiled(train_state, tuple(ahead), used)
 
             done = step + count
             if done % config.log.every == 0:
                 averages = _averages(train_state)
-                _check_finite(averages, done, config, checkpoints)
-                checkpoints.check()
-                logger.scalars(done, averages, clock.tick(done))
+                with jax.profiler.TraceAnnotation("log"):
+                    _check_finite(averages, done, config, checkpoints)
+                    checkpoints.check()
+                    logger.scalars(done, averages, clock.tick(done))
 
         with clock.phase("checkpoint"):
             checkpoints.close()

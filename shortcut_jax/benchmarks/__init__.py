@@ -13,7 +13,9 @@ from typing import Any
 # this one takes for good with the first part after it.
 PARTS = {
     name: f"shortcut_jax.benchmarks.{name}"
-    for name in ("startup", "step", "sample", "checkpoint", "data", "vae", "metrics", "digits")
+    for name in (
+        "startup", "step", "sample", "checkpoint", "data", "vae", "metrics", "digits", "host",
+    )
 }
 
 
