@@ -51,6 +51,10 @@ def test_numbers_are_finite_positive_and_within_their_spread(measured):
         *(f"metrics/{name}" for name in ("features", "moments", "moments: share of features")),
         *(f"metrics/distance/{name}" for name in ("ours", "scipy")),
         "metrics/distance: ours / scipy",
+        *(f"digits/trainer/{several} per dispatch" for several in (1, 2)),
+        "digits/device/ours",
+        *(f"host/latents/made {when}" for when in ("ahead", "when asked for")),
+        "host/log",
     }
     for found in content["measurements"]:
         low, high = found["spread"]

@@ -79,13 +79,15 @@ class _Ours:
     def __init__(self, setup: run.Setup, data: Dataset) -> None:
         self._setup, self._data = setup, data
         self._program = _program(setup, data)
-        fresh = jax.jit(self._program.init, out_shardings=self._program.state_sharding)
+        self._new = jax.jit(self._program.init, out_shardings=self._program.state_sharding)
+        self._compiled = functools.cache(self._program.compile_several)
         self._rows = sharding.batch_sharding(setup.mesh)
-        self._new = fresh
+
+    def _counted(self, count: int) -> jax.Array:
+        return sharding.to_global(np.int32(count), sharding.replicated(self._setup.mesh))
 
     def trainer(self, several: int, updates: int) -> Callable[[], int]:
-        config, compiled = self._setup.config, self._program.compile_several(several)
-        whole = sharding.replicated(self._setup.mesh)
+        config, compiled = self._setup.config, self._compiled(several)
         state = self._new()
 
         def work() -> int:
@@ -99,15 +101,14 @@ class _Ours:
                         Batch(**sharding.to_global(next(batches), self._rows))
                         for _ in range(several)
                     )
-                    count = sharding.to_global(np.int32(several), whole)
-                    state = compiled(state, ahead, count)
+                    state = compiled(state, ahead, self._counted(several))
                 jax.device_get(state.metrics)
             return updates // several * several
 
         return work
 
     def device(self, updates: int) -> Callable[[], int]:
-        compiled, state = self._program.compile(), self._new()
+        compiled, state, one = self._compiled(1), self._new(), self._counted(1)
         batches = [
             Batch(**sharding.to_global(b, self._rows)) for b in _batches(self._setup, self._data)
         ]
@@ -115,7 +116,7 @@ class _Ours:
         def work() -> int:
             nonlocal state
             for _, batch in zip(range(updates), itertools.cycle(batches), strict=False):
-                state = compiled(state, batch)
+                state = compiled(state, (batch,), one)
             jax.block_until_ready(state)
             return updates
 
