@@ -14,7 +14,15 @@ from typing import Any
 PARTS = {
     name: f"shortcut_jax.benchmarks.{name}"
     for name in (
-        "startup", "step", "sample", "checkpoint", "data", "vae", "metrics", "digits", "host",
+        "startup",
+        "step",
+        "sample",
+        "checkpoint",
+        "data",
+        "vae",
+        "metrics",
+        "digits",
+        "host",
     )
 }
 
