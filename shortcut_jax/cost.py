@@ -9,7 +9,8 @@ of its peak a chip reaches (MFU) is an assumption, --mfu.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -138,8 +139,7 @@ def _autoencoder(direction: str, shape: Sequence[int]) -> float:
     network = autoencoder.Autoencoder(autoencoder.SD)
     image = jnp.zeros((1, 64, 64, 3))
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), image)["params"])
-    function = jax.jit(getattr(autoencoder, direction))
-    return function.lower(params, jax.ShapeDtypeStruct(shape, jnp.float32)).cost_analysis()["flops"]
+    return _count(getattr(autoencoder, direction), params, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 @functools.cache
@@ -153,7 +153,14 @@ def _inception() -> float:
     network = inception.InceptionV3()
     image = jax.ShapeDtypeStruct((1, inception.SIZE, inception.SIZE, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    return jax.jit(network.apply).lower(variables, image).cost_analysis()["flops"]
+    return _count(network.apply, variables, image)
+
+
+def _count(function: Callable[..., Any], *shapes: Any) -> float:
+    import jax
+
+    cost: Any = jax.jit(function).lower(*shapes).cost_analysis()  # None on some back ends
+    return cost["flops"]
 
 
 # ---------------------------------------------------------------------- the page
@@ -270,9 +277,10 @@ these sizes was made. `python -m shortcut_jax.cost > docs/cost.md` works it out 
   [pods.md](pods.md), "Cost".
 - **Updates** are those of the configs, and of the other rows of equal compute, as
   `shortcut_jax.table1` splits it ({share:.0%} for a teacher); how the paper split it is not known.
-- **Prices** are list prices in US dollars for a chip-hour, {read}. They
-  differ by place and change, spot prices within days; other clouds asked up to twice as much for an
-  H100 ([a list of March 2026](https://costnimbus.com/article/gpu-cost-management-ml-teams)).
+- **Prices** are list prices in US dollars for a chip-hour,
+  {read}. They differ by place and change, spot prices within
+  days; other clouds asked up to twice as much for an H100
+  ([a list of March 2026](https://costnimbus.com/article/gpu-cost-management-ml-teams)).
 - **Not counted**: loading data, checkpoints, compiling, pictures, what preemptions repeat, storage,
   hosts beyond what comes with a chip, slices that wait, and every run that goes wrong. A machine
   has 4 or 8 chips at least. Whether a batch of 64 or 256 keeps many chips busy is another question:
@@ -300,15 +308,16 @@ def _cell(work: Work, chip: Chip, mfu: float) -> str:
     return f"{_number(hours)} h, {_number(hours * chip.price)} / {_number(hours * chip.spot)}"
 
 
-def _sum(works) -> Work:
+def _sum(works: Iterable[Work]) -> Work:
     works = list(works)
     return Work(sum(w.network for w in works), sum(w.exact for w in works))
 
 
 def _number(value: float) -> str:
     """Three digits that count: 1,230 or 12.3 or 0.0123."""
-    digits = max(2 - math.floor(math.log10(value)), 0) if value else 0
-    return f"{round(value, 2 - math.floor(math.log10(value))):,.{digits}f}" if value else "0"
+    rounded = float(f"{value:.3g}")
+    digits = max(2 - math.floor(math.log10(rounded)), 0) if rounded else 0
+    return f"{rounded:,.{digits}f}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -103,13 +103,22 @@ def cases(sizes: dict[str, int], batch_size: int) -> list[Case]:
             f"batch_size={batch_size} cannot be split over the {largest} devices of the largest "
             f"machine; expected a multiple of {largest}: change --config.batch_size."
         )
-    found = {}
+    found: dict[Case, None] = {}  # in order
     for machine, n in sizes.items():
         meshes = [(n, 1), (1, n)] + ([(2, n // 2)] if n >= 8 else [])
         for data, fsdp in meshes:
             for size in (batch_size, batch_size // largest * n):
                 found[Case(machine, n, data, fsdp, size)] = None
     return list(found)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError if `communication.least` is not worked out for the objective."""
+    if config.objective.name != "shortcut":
+        raise UserError(
+            f"objective={config.objective.name} is not what the least of docs/scaling.md is worked "
+            "out for; expected objective=shortcut: leave it out."
+        )
 
 
 def measure(config: ConfigDict, devices: Sequence[Any], case: Case) -> Row:
@@ -195,11 +204,7 @@ def main() -> None:
 
     config = config_flag.CONFIG.value
     run.check(config)
-    if config.objective.name != "shortcut":
-        raise UserError(
-            f"objective={config.objective.name} is not what the least of docs/scaling.md is worked "
-            "out for; expected objective=shortcut: leave it out."
-        )
+    check(config)
     if OUT.value:
         cli.check_writable("--out", Path(OUT.value).absolute().parent)
     # CPU devices are made once for a process, so the most come first.
