@@ -168,7 +168,8 @@ bringing few rows to large parameters.
   and MLP: the compiler passes shards round a ring while it multiplies (collective-permutes in a
   loop), 9 of them where 7 are needed. Below it is the modulation, a third of all parameters: in the
   targets and forward its kernel stays where it is and the rows go to it, one vector each. Gradients
-  are scattered, in bfloat16.
+  are scattered, in bfloat16. With two data groups on v5e:4x4 there are no rings (0.84); one
+  gradient, that of `mlp_in`, is summed whole and cut afterwards there, 47 MiB more than it takes.
 - **How much that is.** DiT-B/2 with 32 rows on each of 8 v5e: {compute:.0f} ms of matrix products
   at 40 % of the peak, beside {fsdp:.1f} ms for what fsdp receives and {dp:.1f} ms for the least of
   dp, if all links into a chip were busy and nothing overlapped (200 GB/s, half of what
