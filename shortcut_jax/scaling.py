@@ -132,25 +132,24 @@ def measure(config: ConfigDict, devices: Sequence[Any], case: Case) -> Row:
     config.mesh.update(data=case.data, fsdp=case.fsdp)
     axes = validation.check_devices(config, len(devices), sharding.num_slices(devices))
     setup = run.build(config, sharding.make_mesh(*axes, devices))
-    program = train.build_program(setup, *topology._batch(setup))
+    program = train.build_program(setup, *topology.batch_shape(setup))
     start = time.monotonic()
     compiled = program.compile()
     seconds = time.monotonic() - start
-    cost = compiled.cost_analysis() or {}
-    looped = config.model.scan_layers or config.accumulation_steps > 1
+    cost = topology.cost_of(config, setup.mesh, compiled)
     itemsize = jax.numpy.dtype(setup.network.dtype).itemsize
     found = collectives.collectives(compiled.as_text() or "")
     return Row(
-        network=topology._network(config.model),
+        network=topology.network_name(config.model),
         machine=case.machine,
         devices=case.devices,
         mesh=dict(setup.mesh.shape),
         batch_size=case.batch_size,
         scanned=config.model.scan_layers,
-        flops=None if looped else cost.get("flops"),
+        flops=cost.get("flops"),
         flops_least=flops.train_step(config, setup.image_shape) / case.devices,
-        bytes_accessed=None if looped else cost.get("bytes accessed"),
-        peak=topology._peak(compiled.memory_analysis(), sharding.platform(setup.mesh)),
+        bytes_accessed=cost.get("bytes accessed"),
+        peak=topology.peak_memory(compiled, sharding.platform(setup.mesh)),
         seconds=seconds,
         **sent(found, program, itemsize),
     )
