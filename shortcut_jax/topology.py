@@ -9,6 +9,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +30,6 @@ GIB = 2**30
 # GiB of memory that the compiler has for a program on one device: what libtpu 0.0.42.1 says when it
 # refuses one that is larger. A device is a core of v2 and v3 and a chip of the others.
 HBM = {"v2": 7.48, "v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-COSTS = ("flops", "bytes accessed")  # as XLA's cost analysis calls them
 EXAMPLES = "v3:2x2, v4:2x2x4, v5e:4x4, v5e:16x16, v5p:2x4x4, v6e:2x4, 2*v5e:4x4 (two slices)"
 
 _NAME = re.compile(rf"(?:(?P<slices>[1-9]\d*)\*)?(?P<kind>{'|'.join(HBM)}):\d+(x\d+){{1,2}}")
@@ -68,8 +68,8 @@ class Report:
       peak: bytes in use at most; None where it does not fit and the compiler does not say.
       hbm: bytes there are; None where nothing is known.
       state: bytes of the train state.
-      flops: of a step, and bytes_accessed: as the compiler counts them; where layers are scanned
-        of the same step unrolled, see `cost_of`. None where it does not fit, or loops over parts.
+      flops: of a step as the compiler gets it, everything counted; see `flops_of`.
+      bytes_accessed: as the compiler counts them; see `bytes_of`. None where it cannot.
       collectives: kind -> (operations that a step runs, bytes of their results).
       largest_batch: a batch that fits by this one compilation; None where nothing is known.
       seconds: of all threads' CPU time that compiling took.
@@ -87,7 +87,7 @@ class Report:
     peak: float | None
     hbm: float | None
     state: int
-    flops: float | None
+    flops: float
     bytes_accessed: float | None
     collectives: dict[str, tuple[int, int]]
     largest_batch: int | None
@@ -106,8 +106,8 @@ class Report:
             "peak memory": f"{_gib(self.peak)} per device, of {_gib(self.hbm)}",
             "train state": f"{_gib(self.state)} per device",
         }
-        if self.flops is not None:
-            lines["FLOPs"] = f"{self.flops:.4g} per device"
+        lines["FLOPs"] = f"{self.flops:.4g} per device"
+        if self.bytes_accessed is not None:
             lines["bytes accessed"] = f"{self.bytes_accessed:.4g} per device"
         for kind, (count, size) in self.collectives.items():
             lines[kind] = f"{count} per step, {size / 2**20:,.1f} MiB"
@@ -201,7 +201,6 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     start = time.process_time()
     compiled, peak = compile_program(program)
     seconds = time.process_time() - start
-    cost = cost_of(config, mesh, compiled) if compiled else {}
     found = collectives.collectives(compiled.as_text() or "") if compiled else []
     state_size = state_bytes(program)
     flat = config_lib.flatten(config)
@@ -218,8 +217,8 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         peak=peak,
         hbm=machine.hbm,
         state=state_size,
-        flops=cost.get(COSTS[0]),
-        bytes_accessed=cost.get(COSTS[1]),
+        flops=flops_of(config) / len(machine.devices),
+        bytes_accessed=bytes_of(config, mesh, compiled) if compiled else None,
         collectives=collectives.by_kind(found),
         largest_batch=largest_batch(config, math.prod(axes), machine.hbm, state_size, peak),
         seconds=seconds,
@@ -231,24 +230,49 @@ def program_for(config: ConfigDict, mesh: Mesh) -> Program:
     return train.build_program(setup, *batch_shape(setup))
 
 
-def cost_of(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, float]:
-    """FLOPs and bytes of a step on a device, by their names in XLA's cost analysis.
+def flops_of(config: ConfigDict) -> float:
+    """FLOPs of a step over all devices, with what `model.remat` computes again.
 
-    XLA counts the body of a loop once. Scanned layers are counted by the same step unrolled with
-    one block and with two, between which there is one block. With parts of a batch nothing is said.
+    Of the program before it is compiled, for one CPU device: what is compiled may have loops, whose
+    body XLA counts once. Blocks are alike: the second one's FLOPs are those of all further ones.
     """
-    if config.accumulation_steps > 1:
-        return {}
+    mesh = sharding.make_mesh(1, 1, jax.devices("cpu")[:1])
+
+    def count(few: ConfigDict) -> float:
+        return (program_for(few, mesh).lower().cost_analysis() or {})["flops"]
+
+    return _over_blocks(config, count)
+
+
+def bytes_of(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> float | None:
+    """Bytes that a step accesses on a device, by the compiler's count of the step unrolled.
+
+    None where it is not to be had: with parts of a batch, and where parameters are split on a TPU,
+    whose compiler makes loops of its own, rings of shards that are multiplied while they arrive.
+    """
+    rings = mesh.shape["fsdp"] > 1 and sharding.platform(mesh) == "tpu"
+    if rings or config.accumulation_steps > 1:
+        return None
     if not config.model.scan_layers:
-        return compiled.cost_analysis() or {}
-    one, two = (_unrolled_cost(config, mesh, depth) for depth in (1, 2))
-    return {key: one[key] + (config.model.depth - 1) * (two[key] - one[key]) for key in COSTS}
+        return _bytes(compiled)
+    return _over_blocks(config, lambda few: _bytes(program_for(few, mesh).compile()))
 
 
-def _unrolled_cost(config: ConfigDict, mesh: Mesh, depth: int) -> dict[str, float]:
-    config = config.copy_and_resolve_references()
-    config.model.update(scan_layers=False, depth=depth)
-    return program_for(config, mesh).compile().cost_analysis() or {}
+def _bytes(compiled: jax.stages.Compiled) -> float:
+    return (compiled.cost_analysis() or {})["bytes accessed"]
+
+
+def _over_blocks(config: ConfigDict, count: Callable[[ConfigDict], float]) -> float:
+    """A count of a step unrolled, from that of the step with one block and of that with two."""
+
+    def of_few(depth: int) -> float:
+        few = config.copy_and_resolve_references()
+        few.model.update(scan_layers=False, depth=depth)
+        few.accumulation_steps = 1
+        return count(few)
+
+    one = of_few(1)
+    return one + (config.model.depth - 1) * (of_few(2) - one) if config.model.depth > 1 else one
 
 
 def batch_shape(setup: run.Setup) -> tuple[Batch, spaces.DrawX1]:

@@ -38,9 +38,10 @@ with `:xl` for DiT-XL and `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp,
 given as data x fsdp; `bash launch/topologies.sh` makes all rows, or those of the machines it is
 given, which takes long: what is missing here was not compiled. Memory is the peak on one device, or
 what is needed where it does not fit, beside what the compiler has there. "Sent" is the bytes of the
-results of a step's collectives on a device. TFLOPs and GB accessed are those of a device; where
-layers are scanned, those of the same step unrolled, by its counts with one block and with two (the
-compiler counts the body of a loop once). The last column is a batch that fits by the same
+results of a step's collectives on a device. TFLOPs are those of a device, with what is computed
+again, counted before the step is compiled. GB accessed are the compiler's count of the step
+unrolled, by those with one block and with two (it counts the body of a loop once); under fsdp it
+makes loops of its own, and nothing is said. The last column is a batch that fits by the same
 compilation, all memory but the train state taken to grow with it.
 
 """
@@ -77,7 +78,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{_gib(row['peak'])} / {_gib(row['hbm'])}",
         "yes" if row["fits"] else "no",
         ", ".join(sent) or "-",
-        "-" if row["flops"] is None else f"{row['flops'] / 1e12:.2f}",
+        f"{row['flops'] / 1e12:.2f}",
         "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
         f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",

@@ -84,8 +84,8 @@ def theirs(checkout: Path, machine: topology.Machine, size: str, mesh: str) -> d
     seconds = time.process_time() - start
     cost = compiled.cost_analysis() or {}
     return {
-        "flops": cost[topology.COSTS[0]],
-        "bytes_accessed": cost[topology.COSTS[1]],
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
         "peak": topology.peak_memory(compiled, machine.devices[0].platform),
         "seconds": seconds,
         "collectives": collectives.by_kind(collectives.collectives(compiled.as_text() or "")),
