@@ -164,12 +164,14 @@ bringing few rows to large parameters.
   of 4 N. It is not as low as that allows, 3 N: XLA's CPU compiler sums whole gradients on every
   device and cuts them afterwards, 2 N instead of N; that is the row "several, or not said". What
   is received for `split` is modulations, brought to their rows, where the kernel was not gathered.
-- **Fully sharded on TPUs is at the least** (0.99 on v5e:2x4). Above it, by 29 %, are qkv, attention
-  and MLP: the compiler passes shards round a ring while it multiplies (collective-permutes in a
-  loop), 9 of them where 7 are needed. Below it is the modulation, a third of all parameters: in the
-  targets and forward its kernel stays where it is and the rows go to it, one vector each. Gradients
-  are scattered, in bfloat16. With two data groups on v5e:4x4 there are no rings (0.84); one
-  gradient, that of `mlp_in`, is summed whole and cut afterwards there, 47 MiB more than it takes.
+- **Fully sharded on TPUs is at the least or below it** (0.99 on v5e:2x4, 0.95 on v5e:4x4). Below
+  it is the modulation, a third of all parameters: in the targets and forward its kernel stays where
+  it is and the rows go to it, one vector each. Above it are qkv, attention and MLP: the compiler
+  passes shards round a ring while it multiplies (collective-permutes in a loop), 9 of them where 7
+  are needed on 8 chips, 17 for 15 on 16. Gradients are scattered, in bfloat16, but for one matrix
+  on v5e:4x4 that is summed whole and cut afterwards, which is 76 MiB more than it takes: the
+  modulation's, joined with the biases (under `attention_out` below), and in two data groups that of
+  `mlp_in`, 47 MiB. There no rings are made, and the whole is 0.84 of the least.
 - **How much that is.** DiT-B/2 with 32 rows on each of 8 v5e: {compute:.0f} ms of matrix products
   at 40 % of the peak, beside {fsdp:.1f} ms for what fsdp receives and {dp:.1f} ms for the least of
   dp, if all links into a chip were busy and nothing overlapped (200 GB/s, half of what
