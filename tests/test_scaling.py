@@ -84,3 +84,25 @@ def test_a_row_replaces_that_of_the_same_case(measured, tmp_path):
     for row in (first, second, first):
         scaling.add(path, row)
     assert [row["mesh"]["fsdp"] for row in scaling.read(path)] == [2, 1]
+
+
+def test_the_reading_says_what_the_tables_hold():
+    rows, text = scaling.read(KEPT), (ROOT / "docs/scaling.md").read_text()
+
+    def ratios(found, least, keep):
+        return sorted(f"{r[found] / r[least]:.2f}" for r in rows if r[least] and keep(r))
+
+    cpu = ratios("received", "least", lambda r: "cpu" in r["machine"] and r["mesh"]["fsdp"] > 1)
+    assert f"on CPUs is below the least** ({cpu[0]} to {cpu[-1]})" in text
+    flops = ratios("flops", "flops_least", lambda r: r["flops"])
+    assert f"FLOPs are {flops[0]} to {flops[-1]} times" in text
+    small, large, both = (
+        ratios("received", "least", lambda r, m=mesh: "v5e" in r["machine"] and r["mesh"] == m)[0]
+        for mesh in (
+            {"data": 1, "fsdp": 8},
+            {"data": 1, "fsdp": 16},
+            {"data": 2, "fsdp": 8},
+        )
+    )
+    assert f"({small} on v5e:2x4, {large} on v5e:4x4)" in text
+    assert f"the whole is {both} of the least" in " ".join(text.split())
