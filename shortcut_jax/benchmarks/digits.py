@@ -1,6 +1,7 @@
 """Updates per second of the digits run, beside the authors' on the same batches; docs/host.md.
 
-Both with the same sizes, batch and share of bootstrap rows, in float32, in turn in one process:
+Both with the same sizes, batch and share of bootstrap rows, in turn in one process. In float32,
+as ours is on a CPU; theirs also in the bfloat16 that their `main` leaves it at.
 
   trainer   all that happens from one log line to the next: batches of host memory, transfers,
             updates, fetching the metrics (for theirs, of one update, as their loop does)
@@ -46,9 +47,11 @@ def measure(options: Options) -> Iterator[Measurement]:
         "device/ours": ours.device(updates),
     }
     if options.authors:
-        theirs = _Theirs(config, Path(options.authors), data)
+        theirs = _Theirs(config, Path(options.authors), data, jnp.float32)
+        released = _Theirs(config, Path(options.authors), data, jnp.bfloat16)
         contenders |= {
             "trainer/authors": theirs.trainer(updates),
+            "trainer/authors, bfloat16": released.trainer(updates),
             "device/authors": theirs.device(updates),
         }
     took = timing.rounds(
@@ -58,7 +61,7 @@ def measure(options: Options) -> Iterator[Measurement]:
     conditions = {"batch_size": config.batch_size, "updates": updates, **config.model.to_dict()}
     for name, rounds in took.items():
         yield from timing.rates(f"digits/{name}", rounds, "updates", conditions)
-    for name in (n for n in took if options.authors and not n.endswith("authors")):
+    for name in (n for n in took if options.authors and "authors" not in n):
         kind = name.partition("/")[0]
         yield from _ratios(
             f"digits/{name}: ours / authors", took[name], took[f"{kind}/authors"], conditions
@@ -126,14 +129,14 @@ class _Ours:
 class _Theirs:
     """Their loop: `next` of the data, device_put, update; metrics fetched at the end."""
 
-    def __init__(self, config: ConfigDict, checkout: Path, data: Dataset) -> None:
+    def __init__(self, config: ConfigDict, checkout: Path, data: Dataset, dtype: Any) -> None:
         sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio")
         model = {name: config.model[name] for name in sizes} | {
             "num_classes": data.num_classes,
             "bootstrap_every": round(1 / config.objective.bootstrap_fraction),
             "class_dropout_prob": config.objective.class_dropout,
         }
-        setting = authors.Setting(model, config.batch_size, data.image_shape, jnp.float32)
+        setting = authors.Setting(model, config.batch_size, data.image_shape, dtype)
         step = authors.build(checkout, setting)
         self._images, self._labels = (a.sharding for a in step.batch_shape)
         self._update, self._state = step.update, step.init(jax.random.key(0))
