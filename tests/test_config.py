@@ -2,7 +2,7 @@
 
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +342,9 @@ class Recorder(Mapping):
 class NoExtractor:
     name, weights, sha256 = "fd", "", ""
     protocol = PLAIN
+
+    def begin(self, images: np.ndarray) -> Callable[[], dict[str, np.ndarray]]:
+        return lambda: self.outputs(images)
 
     def outputs(self, images: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": images.reshape(len(images), -1)[:, :3].astype(np.float64)}
