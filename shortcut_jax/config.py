@@ -59,6 +59,7 @@ def default() -> ConfigDict:
                 "modulation_init": "zero",  # zero | xavier
                 "dtype": "auto",  # of matrix products: float32 on a CPU, bfloat16 elsewhere
                 "remat": "none",  # none | full | dots: what the backward pass computes again
+                "attention": "xla",  # xla | cudnn (GPU) | splash (TPU): the kernel, docs/gpu_speed.md
                 "scan_layers": False,  # one compiled block, looped over: compiles faster
             },
             "optimizer": {
@@ -114,7 +115,7 @@ OPTIONAL: dict[str, Any] = {
 }
 
 # Keys of the model that say how it is computed, not what.
-LAYOUT = ("model.remat", "model.scan_layers")
+LAYOUT = ("model.remat", "model.scan_layers", "model.attention")
 
 # Keys that a resumed run may change: none of them decides what is trained.
 MAY_CHANGE_ON_RESUME = (

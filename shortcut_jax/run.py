@@ -32,6 +32,7 @@ from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, remove_leftovers, write_atomically
+from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
@@ -83,7 +84,14 @@ def prepare(config: ConfigDict, measures: bool = True) -> Setup:
         metrics.check_files(name, config.eval)
     spaces.check_files(config)
     axes = validation.check_devices(config, jax.device_count(), sharding.num_slices())
+    check_platform(config, jax.default_backend())
     return build(config, sharding.make_mesh(*axes))
+
+
+def check_platform(config: ConfigDict, platform: str) -> None:
+    """Raises UserError if the config asks for what that kind of device does not have."""
+    dtype = state.product_dtype(config, platform)
+    attention.check_platform(config.model.attention, platform, dtype)
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Setup:
@@ -91,6 +99,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Setup:
     image_shape, num_classes = check(config)
     objective = config_lib.build_objective(config, num_classes)
     network = state.build_network(config, objective, sharding.platform(mesh))
+    network = network.clone(rows=sharding.batch_sharding(mesh))
     space = spaces.build(config, mesh)
     return Setup(config, image_shape, num_classes, objective, network, mesh, space)
 

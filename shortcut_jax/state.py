@@ -12,6 +12,7 @@ from clu import metrics
 from ml_collections import ConfigDict
 
 from shortcut_jax import layers, rng
+from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 
@@ -42,21 +43,27 @@ def build_network(config: ConfigDict, objective: Objective, platform: str | None
       config: of the run.
       objective: decides the labels and whether the network sees step sizes.
       platform: it shall run on, the local back end by default. On "cpu" the dtype "auto" is
-        float32, elsewhere bfloat16.
+        float32, elsewhere bfloat16. A kernel of attention that does not run there is "xla", so
+        that a trained network can be used anywhere (`run.prepare` refuses to train so).
     """
-    model = config.model.to_dict()
-    dtype = model.pop("dtype")
-    on_cpu = (platform or jax.default_backend()) == "cpu"
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
+    platform = platform or jax.default_backend()
+    dtype = product_dtype(config, platform)
+    model = {key: value for key, value in config.model.items() if key != "dtype"}
+    model["attention"] = attention.usable(model["attention"], platform, dtype)
     return DiT(
         **model,
         num_classes=objective.null_label,
         ignore_step=not objective.uses_step_size,
         max_level=objective.num_levels,
-        residual_barrier=on_cpu,
-        dtype=jnp.dtype(dtype),
+        residual_barrier=platform == "cpu",
+        dtype=dtype,
     )
+
+
+def product_dtype(config: ConfigDict, platform: str) -> jnp.dtype:
+    """The type of matrix products of `model.dtype` on a platform."""
+    auto = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.model.dtype == "auto" else config.model.dtype)
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any]:

@@ -197,6 +197,7 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     slices = sharding.num_slices(machine.devices)
     axes = validation.check_devices(config, len(machine.devices), slices)
     mesh = sharding.make_mesh(*axes, machine.devices)
+    run.check_platform(config, sharding.platform(mesh))
     program = program_for(config, mesh)
     start = time.process_time()
     compiled, peak = compile_program(program)

@@ -139,8 +139,9 @@ def build_program(
 ) -> program_lib.Program:
     """The step of a run with its shapes and shardings, for batches of a shape."""
     config, optimizer = setup.config, state.build_optimizer(setup.config)
-    network = setup.network.clone(rows=sharding.batch_sharding(setup.mesh))
-    step = make_train_step(config, network, setup.objective, optimizer, setup.mesh.size, draw_x1)
+    step = make_train_step(
+        config, setup.network, setup.objective, optimizer, setup.mesh.size, draw_x1
+    )
     return program_lib.build(setup, step, optimizer, batch_shape)
 
 

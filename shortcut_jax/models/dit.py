@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shortcut_jax import layers
+from shortcut_jax.models import attention as attention_lib
 
 # name: hidden size, depth, heads (DiT, table 1)
 SIZES = {
@@ -53,6 +54,7 @@ class DiT(nn.Module):
     residual_barrier: bool = False  # same values; see Block._residual
     remat: Literal["none", "full", "dots"] = "none"  # same values; see REMAT
     scan_layers: bool = False  # same values; one traced block, parameters as in `layers.stack`
+    attention: str = "xla"  # same values; see attention.KERNELS
     rows: Any = None  # sharding of the rows, held on to between blocks; None leaves it open
     dtype: Any = jnp.float32  # of the matrix products; parameters are float32
 
@@ -91,6 +93,8 @@ class DiT(nn.Module):
             attention_scale=self.attention_scale,
             modulation_init=self.modulation_init,
             residual_barrier=self.residual_barrier,
+            attention=self.attention,
+            rows=self.rows,
             dtype=self.dtype,
         )
         if self.scan_layers:
@@ -138,6 +142,8 @@ class Block(nn.Module):
     attention_scale: str
     modulation_init: str
     residual_barrier: bool
+    attention: str
+    rows: Any
     dtype: Any
 
     @nn.compact
@@ -154,7 +160,7 @@ class Block(nn.Module):
         qkv = dense(3 * h, self.dtype, init="thirds", name="qkv")(y)  # [B, T, 3h]
         q, k, v = jnp.unstack(qkv.reshape(*qkv.shape[:2], 3, self.num_heads, head_dim), axis=2)
         scale = 1 / head_dim if self.attention_scale == "linear" else 1 / math.sqrt(head_dim)
-        y = jax.nn.dot_product_attention(q, k, v, scale=scale)  # softmax in float32
+        y = attention_lib.KERNELS[self.attention].attend(q, k, v, scale, self.rows)
         y = dense(h, self.dtype, name="attention_out")(y.reshape(x.shape))
         x = self._residual(x + gate_a * y)
 

@@ -80,6 +80,7 @@ class Objective(abc.ABC):
         step, or the sampler that makes pairs of noise and sample before training.
       num_stages: equal parts of the training that differ in their targets.
       promotes_student: whether the teacher becomes the EMA of the student at the end of a stage.
+      differentiates_forward: whether targets take the forward-mode derivative of the network.
       model_settings: keys of config.model that the method cannot do without, set with it.
       authors_code: values of its config keys with which it does what the released code does.
       null_label: the label that stands for "no class": num_classes.
@@ -91,6 +92,7 @@ class Objective(abc.ABC):
     uses_guidance: ClassVar[bool] = True
     teacher: ClassVar[Literal["none", "targets", "pairs"]] = "none"
     promotes_student: ClassVar[bool] = False
+    differentiates_forward: ClassVar[bool] = False
     model_settings: ClassVar[Mapping[str, Any]] = {}
     authors_code: ClassVar[Mapping[str, Any]] = {}
     null_label: int

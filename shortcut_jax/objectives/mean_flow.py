@@ -35,6 +35,7 @@ class MeanFlow(base.Objective):
     weight_power: float = 1.0  # rows are weighted by (squared error + 0.01)^-power
 
     uses_step_size: ClassVar[bool] = True
+    differentiates_forward: ClassVar[bool] = True
     # The derivative in t of sinusoids of 1,000 t is too rough: training diverges.
     model_settings: ClassVar[Mapping[str, Any]] = {"time_scale": 1.0}
 

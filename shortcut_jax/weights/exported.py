@@ -22,7 +22,9 @@ from shortcut_jax.weights.tables import flatten, unflatten
 
 WEIGHTS, ARCHITECTURE = "model.safetensors", "architecture.json"
 VERSION = 1
-_NOT_ARCHITECTURE = ("parent", "name", "dtype", "residual_barrier", "remat", "scan_layers", "rows")
+_NOT_ARCHITECTURE = (
+    "parent", "name", "dtype", "residual_barrier", "remat", "scan_layers", "attention", "rows"
+)  # fmt: skip
 
 CONVENTIONS = {
     "t": "time in [0, 1]: 0 is noise, 1 is data",
