@@ -64,6 +64,19 @@ class Measurement:
     conditions: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What could not be measured, and why; what comes after it goes on.
+
+    Attributes:
+      name: as of the measurement.
+      error: what was said.
+    """
+
+    name: str
+    error: str
+
+
 def summarize(
     name: str, values: Sequence[float], unit: str, conditions: dict[str, Any]
 ) -> Measurement:

@@ -28,11 +28,12 @@ BATCHES = 16
 def measure(options: Options) -> Iterator[Measurement]:
     """Images and distances per second, weights and features drawn at random."""
     check_backend(options.torch_python)
-    yield from _features(options)
+    yield from features(options)
     yield from _distance(options)
 
 
-def _features(options: Options) -> Iterator[Measurement]:
+def features(options: Options) -> Iterator[Measurement]:
+    """Inception's features, and adding them up."""
     extractor = _extractor(options)
     side = 256 if extractor.image_shape[0] is None else extractor.image_shape[0]
     shape = (extractor.batch, side, side, extractor.image_shape[2])

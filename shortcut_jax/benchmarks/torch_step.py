@@ -36,6 +36,7 @@ def measure_step(
     steps: int = 10,
     side: int = 8192,
     dtype: str = "bfloat16",
+    compile_step: bool = True,
 ) -> Iterator[Measurement]:
     """Measures steps and the ceiling of PyTorch's products, which take turns.
 
@@ -47,6 +48,7 @@ def measure_step(
       steps: in a turn.
       side: of the square matrices.
       dtype: of matrix products.
+      compile_step: with torch.compile, which takes minutes on a CPU.
 
     Raises:
       UserError: the other program cannot be started, or has ended.
@@ -58,6 +60,7 @@ def measure_step(
         expected = _write_network(setup, paths)
         products = steps if side > 1024 else 1
         arguments = _arguments(setup, steps, dtype) | {"side": side, "products": products}
+        arguments["compile"] = compile_step
         arguments |= {key.partition(".")[0]: path for key, path in paths.items()}
         with Peer("torch_python", python, "torch_dit.py", arguments) as peer:
             facts = dict(peer.versions)

@@ -7,53 +7,21 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs import digits, imagenet
 from shortcut_jax import config as config_lib
 from shortcut_jax import run, state, topology
+from shortcut_jax.benchmarks import correct
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import attention
 from tests.sentences import assert_sentence
 
-# Largest ||found - exact|| / ||exact|| of the result and of the gradients of q, k and v, by type of
-# these: 2^-7 for bfloat16, twice what rounding one number costs at most.
-BOUNDS = {"bfloat16": 2.0**-7, "float32": 1e-5}
 # The Pallas kernel as it is, run by XLA.
 INTERPRETED = {
     "xla": attention.xla,
     "splash": functools.partial(attention.splash, interpret=True),
 }
-
-
-def draw(shape, dtype, seed=0):
-    """q, k, v and the gradient of the result; logits have a standard deviation of 3."""
-    random = np.random.default_rng(seed)
-    q, *others = (random.normal(size=shape) for _ in range(4))
-    return [jnp.asarray(a, dtype) for a in (3 * q, *others)]
-
-
-def exact(q, k, v, g, scale):
-    """Result and gradients, [B, T, N, D] float64, of the definition."""
-    q, k, v, g = (np.asarray(a, np.float64).swapaxes(1, 2) for a in (q, k, v, g))
-    logits = scale * q @ k.swapaxes(2, 3)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    dp = g @ v.swapaxes(2, 3)
-    dlogits = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
-    found = (p @ v, dlogits @ k, dlogits.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ g)
-    return [a.swapaxes(1, 2) for a in found]
-
-
-def errors(attend, q, k, v, g, scale):
-    @jax.jit
-    def both(q, k, v, g):
-        found, backward = jax.vjp(lambda q, k, v: attend(q, k, v, scale, None), q, k, v)
-        return found, *backward(g)
-
-    pairs = zip(both(q, k, v, g), exact(q, k, v, g, scale), strict=True)
-    return [np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b) for a, b in pairs]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +37,9 @@ def errors(attend, q, k, v, g, scale):
     ],
 )
 def test_result_and_gradients_are_those_of_float64(name, shape, dtype):
-    found = errors(INTERPRETED[name], *draw(shape, dtype), scale=shape[-1] ** -0.5)
-    assert max(found) < BOUNDS[dtype], found
+    arrays = correct.draw_heads(shape, dtype)
+    found = correct.attention_errors(INTERPRETED[name], arrays, shape[-1] ** -0.5)
+    assert max(found) < correct.ATTENTION[dtype], found
     if dtype == "bfloat16":
         assert min(found) > 1e-4  # and not exact by comparing a thing with itself
 
@@ -121,11 +90,11 @@ import functools, json
 import jax, jax.numpy as jnp, numpy as np
 from shortcut_jax import collectives, sharding
 from shortcut_jax.models import attention
-from tests.models.test_attention import draw, exact
+from shortcut_jax.benchmarks.correct import draw_heads, exact_attention
 
 mesh = sharding.make_mesh(4, 2)
 rows = sharding.batch_sharding(mesh)
-arrays = draw((8, 128, 1, 8), "float32")
+arrays = draw_heads((8, 128, 1, 8), "float32")
 
 def both(q, k, v, g):
     attend = functools.partial(attention.splash, scale=0.3, rows=rows, interpret=True)
@@ -136,7 +105,7 @@ compiled = jax.jit(both, in_shardings=rows, out_shardings=rows).lower(*arrays).c
 found = compiled(*(jax.device_put(a, rows) for a in arrays))
 error = max(
     float(np.abs(np.asarray(a, np.float64) - b).max())
-    for a, b in zip(found, exact(*arrays, 0.3))
+    for a, b in zip(found, exact_attention(*arrays, 0.3))
 )
 sent = [c.kind for c in collectives.collectives(compiled.as_text())]
 print(json.dumps({"error": error, "sent": sent, "shards": len(found[0].addressable_shards)}))

@@ -1,12 +1,12 @@
 """The training step of a DiT in PyTorch as one would write it there: torch.compile, bfloat16 by
 autocast, scaled_dot_product_attention, fused AdamW, EMA by foreach. Needs PyTorch, safetensors.
 
-Started by `shortcut_jax.benchmarks.torch_step` with {"model": {"patch_size", "hidden_size", "depth",
-"num_heads", "num_classes", "mlp_ratio", "time_scale"}, "image_shape": [H, W, C], "batch_size",
-"dtype", "ema_rate", "optimizer": arguments of AdamW, "weights": .safetensors, "inputs" and
-"outputs": .npz, "steps": in a turn, "max_steps": M, "threads"}. With "weights" it first writes
-what the network says of the inputs (x, t, d, labels), in float32, so that both sides can be seen to
-be the same network.
+Started by `shortcut_jax.benchmarks.torch_step` with {"model": {"patch_size", "hidden_size",
+"depth", "num_heads", "num_classes", "mlp_ratio", "time_scale"}, "image_shape": [H, W, C],
+"batch_size", "dtype", "ema_rate", "optimizer": arguments of AdamW, "weights": .safetensors,
+"inputs" and "outputs": .npz, "steps" and "products" in a turn, "side" of these, "max_steps": M,
+"threads", "compile"}. It first writes what the network says of the inputs (x, t, d, labels) in
+float32, so that both sides can be seen to be the same network.
 """
 
 import copy
@@ -119,8 +119,9 @@ class Training:
         self.images = torch.randn(rows, *arguments["image_shape"], device=device)
         self.labels = torch.arange(rows, device=device) % model["num_classes"]
         self._average = torch.optim.swa_utils.get_ema_multi_avg_fn(arguments["ema_rate"])
-        # Else the number of bootstrap rows would become a variable of the compiled program.
-        self._loss = torch.compile(self._loss_and_targets, dynamic=False)
+        # Not dynamic: else the number of bootstrap rows would become a variable of the program.
+        compiled = torch.compile(self._loss_and_targets, dynamic=False)
+        self._loss = compiled if arguments["compile"] else self._loss_and_targets
 
     def step(self, bootstrap: int) -> None:
         """One update; the first `bootstrap` rows learn from two half-steps of the EMA."""
@@ -200,18 +201,16 @@ def forward_flops(network: Any, arguments: dict[str, Any]) -> int:
 def main(arguments: dict[str, Any]) -> None:
     import numpy as np
     import torch
+    from safetensors.torch import load_file
 
     torch.set_num_threads(arguments["threads"])
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = build(arguments["model"], arguments["image_shape"])
-    if arguments.get("weights"):
-        from safetensors.torch import load_file
-
-        network.load_state_dict(load_file(arguments["weights"]))
-        with np.load(arguments["inputs"]) as file, torch.no_grad():
-            given = [torch.from_numpy(file[name]) for name in ("x", "t", "d", "labels")]
-            np.savez(arguments["outputs"], output=network(*given).numpy())
+    network.load_state_dict(load_file(arguments["weights"]))
+    with np.load(arguments["inputs"]) as file, torch.no_grad():
+        given = [torch.from_numpy(file[name]) for name in ("x", "t", "d", "labels")]
+        np.savez(arguments["outputs"], output=network(*given).numpy())
     facts = {"torch": torch.__version__, "torch_device": device}
     if device == "cuda":
         facts["torch_device"] = torch.cuda.get_device_name()

@@ -1,0 +1,187 @@
+"""The benchmark of a GPU in its small form, on a CPU; what it reports; what it refuses."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from shortcut_jax.benchmarks import Failure, correct, gpu_parts, gpu_report, summarize, variants
+from shortcut_jax.gpu_benchmark import GRACE
+from tests.sentences import assert_sentence
+
+COMMAND = ["-m", "shortcut_jax.gpu_benchmark", "--small"]
+
+
+# ---- everything, in small ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_small_form_runs_and_reports(run_python, tmp_path):
+    parts = "--parts=check,xl2,features"
+    done = run_python([*COMMAND, parts, f"--out={tmp_path}", "--minutes=20"], timeout=1200)
+    assert done.returncode == 0
+    text = (tmp_path / "report.txt").read_text()
+    assert "checks: " in text and "FAILED" not in text and "xl2/" not in text.splitlines()[1]
+    check, xl2 = (gpu_report.read(tmp_path / f"{name}.json") for name in ("check", "xl2"))
+    names = {m["name"] for m in check.measurements}
+    assert {"check/attention/xla/small/dq", "check/repeats/xla", "check/step/params"} <= names
+    (winner,) = (m for m in xl2.measurements if m["name"] == "xl2: winner")
+    rates = {m["name"]: m["value"] for m in xl2.measurements if m["name"].endswith(": rows")}
+    shortcut = [value for name, value in rates.items() if "shortcut" in name]
+    assert winner["value"] == max(shortcut) and len(shortcut) >= 4
+    # The same command again runs nothing.
+    again = run_python([*COMMAND, parts, f"--out={tmp_path}"])
+    assert again.stdout.count("done before") == 3 and again.returncode == 0
+
+
+def test_checks_run_and_pass_in_small(tmp_path):
+    settings = gpu_parts.Settings(small=True, torch_python="", authors="")
+    wanted = {"attention", "network/xla"}
+    pieces = {n: piece for n, piece in correct.checks(True).items() if n in wanted}
+    assert pieces.keys() == wanted
+    content = run_pieces(tmp_path, settings, pieces)
+    assert content.failures == [] and len(content.measurements) == 4 + 2
+    assert all(m["conditions"]["passed"] for m in content.measurements)
+    assert gpu_report.report(tmp_path)[1]
+
+
+def run_pieces(folder, settings, pieces):
+    path = folder / "part.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_parts, "PARTS", {"part": lambda settings: pieces})
+        gpu_parts.run_part("part", settings, path)
+    return gpu_report.read(path)
+
+
+# ---- what fails ----------------------------------------------------------------------------------
+
+SETTINGS = gpu_parts.Settings(small=True, torch_python="", authors="")
+
+
+def test_a_piece_that_fails_leaves_the_others_and_what_it_had_found(tmp_path):
+    def breaks():
+        yield summarize("breaks/first", [1.0], "s", {})
+        assert json.loads((tmp_path / "part.json").read_text())["measurements"]  # as it goes
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def works():
+        yield correct.checked("works", 0.5, 1.0)
+
+    content = run_pieces(tmp_path, SETTINGS, {"breaks": breaks, "works": works})
+    assert [m["name"] for m in content.measurements] == ["breaks/first", "check/works"]
+    assert [f["name"] for f in content.failures] == ["breaks"]
+    assert "RESOURCE_EXHAUSTED" in content.failures[0]["error"]
+    assert content.seconds is not None and not gpu_report.ended(tmp_path / "part.json")
+    text, good = gpu_report.report(tmp_path)
+    assert not good and "FAILED breaks: RuntimeError" in text and "1 of 1 passed" in text
+
+
+def test_nothing_is_begun_when_the_time_is_up(tmp_path):
+    late = dataclasses.replace(SETTINGS, deadline=-math.inf)
+    content = run_pieces(tmp_path, late, {"a": lambda: pytest.fail("begun")})
+    assert content.failures == [{"name": "a", "error": "not begun: the time is up"}]
+    found = list(variants.Sweep("xl2", {}, 16, deadline=-math.inf).run())
+    assert found and all(isinstance(f, Failure) and "time is up" in f.error for f in found)
+
+
+def test_a_variant_that_fails_is_not_the_winner(monkeypatch):
+    rates = {"none": 3.0, "dots": 2.0, "full": 1.0}
+
+    def measure(self, name, variant, contender):
+        if not variant.scan_layers:
+            raise MemoryError("too much")
+        if contender == variants.OBJECTIVE:
+            self.rates[variant] = rates[variant.remat]
+        return [summarize(f"{name}: rows", [rates[variant.remat]], "rows / s", {})]
+
+    monkeypatch.setattr(variants.Sweep, "_measure", measure)
+    found = list(variants.Sweep("b2", {}, 16, deadline=math.inf).run())
+    (failed,) = (f for f in found if isinstance(f, Failure))
+    assert "xla,none,unrolled,16" in failed.name and "MemoryError: too much" in failed.error
+    numbers = {f.name: f for f in found if not isinstance(f, Failure)}
+    assert numbers["b2: winner"].conditions["variant"] == "xla,none,scanned,16"
+    assert numbers["b2: winner"].value == 3.0
+    assert "b2/flow_matching/xla,none,scanned,16: rows" in numbers
+
+
+def test_an_error_beyond_its_bound_or_that_is_no_number_fails(tmp_path):
+    for value, passed in ((0.5, True), (1.5, False), (math.nan, False)):
+        content = gpu_report.Content("check", {})
+        found = correct.checked("x", value, 1.0)
+        assert found.conditions["passed"] is passed
+        content.add(tmp_path / "check.json", found)
+        text, good = gpu_report.report(tmp_path)
+        assert good is passed and ("FAILED check/x" in text) is not passed
+
+
+def test_a_process_that_dies_is_reported(run_python, tmp_path):
+    # A Python that ends at once in place of the one with PyTorch.
+    dies = tmp_path / "python"
+    dies.write_text("#!/bin/sh\nexit 3\n")
+    dies.chmod(0o755)
+    args = [*COMMAND, "--parts=torch_b2", f"--out={tmp_path / 'out'}", f"--torch_python={dies}"]
+    done = run_python([*args, "--in_process"])
+    assert done.returncode == 1 and "FAILED torch_b2" in done.stdout
+    (failure,) = gpu_report.read(tmp_path / "out" / "torch_b2.json").failures
+    assert "without a word" in failure["error"]
+    gpu_report.add_failure(tmp_path / "out" / "b2.json", "b2", "its process ended with -11")
+    assert "b2: its process ended with -11" in gpu_report.report(tmp_path / "out")[0]
+    assert GRACE > 0
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report_compares_at_one_batch_and_names_the_winner(tmp_path):
+    content = gpu_report.Content("xl2", {"device": "a card"})
+    for name, value, extra in (
+        ("shortcut_1_4/cudnn,none,scanned,64", 100.0, 0.45),
+        ("shortcut_1_4/cudnn,none,scanned,256", 150.0, 0.55),
+        ("flow_matching/cudnn,none,scanned,64", 130.0, 0.4),
+    ):
+        for what, number in (
+            ("rows", value),
+            ("MFU", extra),
+            ("peak memory", 9),
+            ("compilation", 1),
+        ):
+            content.add(tmp_path / "xl2.json", summarize(f"xl2/{name}: {what}", [number], "", {}))
+    for what, variant in (("same batch", 64), ("winner", 256)):
+        conditions = {"variant": f"cudnn,none,scanned,{variant}", "batch_size": variant}
+        content.add(tmp_path / "xl2.json", summarize(f"xl2: {what}", [1.0], "rows / s", conditions))
+    for other, value in (("torch", 80.0), ("authors", 125.0)):
+        theirs = gpu_report.Content(f"{other}_xl2", {})
+        found = summarize(f"{other}_xl2/shortcut_1_4: rows", [value], "rows / s", {})
+        theirs.add(tmp_path / f"{other}_xl2.json", found)
+    text, good = gpu_report.report(tmp_path)
+    assert good
+    assert "ours 100 rows / s, torch 80: 1.25 x" in text
+    assert "ours 100 rows / s, authors 125: 0.80 x" in text
+    starred = [line for line in text.splitlines() if line.startswith("*")]
+    assert len(starred) == 1 and "cudnn,none,scanned,256" in starred[0] and "55.0%" in starred[0]
+    assert "MFU of cudnn,none,scanned,256: 55.0%, at least the 50%" in text
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (["--parts=check,nothing", "--out=x"], ("'nothing'", "xl2", "choose among them")),
+        (["--parts=check"], ("--out is empty", "set --out=")),
+    ],
+)
+def test_wrong_flags_are_a_sentence(run_python, args, fragments):
+    done = run_python([*COMMAND, *args])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert_sentence(done.stderr.splitlines()[-1], fragments)
+
+
+def test_parts_whose_other_side_is_not_given_are_left_out():
+    assert gpu_parts.missing("torch_xl2", SETTINGS) == "--torch_python"
+    assert gpu_parts.missing("authors_b2", SETTINGS) == "--authors"
+    assert gpu_parts.missing("xl2", SETTINGS) == ""
+    given = dataclasses.replace(SETTINGS, torch_python="python3")
+    assert gpu_parts.missing("torch_xl2", given) == ""
