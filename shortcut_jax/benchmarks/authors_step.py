@@ -1,7 +1,7 @@
 """The authors' training step (`authors.py`), timed as ours is."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from shortcut_jax import flops, run
 from shortcut_jax.benchmarks import Measurement, authors, ceiling, inputs, summarize, timing
 from shortcut_jax.benchmarks import workloads as workloads_lib
+from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.benchmarks.torch_step import speed
 
 GIGA = 1e9
 # Our contender -> what their flags say for the same work.
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     "flow_matching": {"train_type": "naive"},
     "shortcut_1_4": {"train_type": "shortcut", "bootstrap_every": 4, "bootstrap_cfg": 0},
 }
@@ -56,7 +57,7 @@ def measure_step(
         step = authors.build(checkout, setting)
         compiled = step.compile()
         turn = _Turn(step, compiled, steps)
-        works = {contender: functools.partial(timing.timed, turn)}
+        works: dict[str, Callable[[], Took]] = {contender: functools.partial(timing.timed, turn)}
         works |= ceiling.contenders(dtype, setup.mesh, steps, small)
         found = timing.rounds(works, repeats)
         conditions = {"batch_size": batch_size, "dtype": dtype.name, "steps_in_a_turn": steps}

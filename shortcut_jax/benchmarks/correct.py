@@ -6,7 +6,7 @@ how large it may be (`bound`) and whether it was no larger (`passed`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -97,11 +97,12 @@ def attention_errors(attend: Callable[..., jax.Array], arrays: list[Any], scale:
         found, backward = jax.vjp(lambda q, k, v: attend(q, k, v, scale, None), q, k, v)
         return found, *backward(g)
 
-    pairs = zip(both(*arrays), exact_attention(*arrays, scale), strict=True)
+    q, k, v, g = arrays
+    pairs = zip(both(q, k, v, g), exact_attention(q, k, v, g, scale), strict=True)
     return [error(a, b) for a, b in pairs]
 
 
-def check_attention(heads: dict[str, tuple[int, ...]]) -> Iterator[Measurement]:
+def check_attention(heads: Mapping[str, tuple[int, ...]]) -> Iterator[Measurement]:
     """Every kernel of this back end in bfloat16, at the scale of the paper."""
     for kernel in kernels("bfloat16"):
         for name, shape in heads.items():

@@ -81,8 +81,9 @@ class Sweep:
         first = self._first
         names = kernels("float32" if jax.default_backend() == "cpu" else "bfloat16")
         yield from self._try(dataclasses.replace(first, attention=name) for name in names)
-        for key, values in (("remat", ("none", "full")), ("scan_layers", (False,))):
-            yield from self._try(dataclasses.replace(self._best(), **{key: v}) for v in values)
+        best = self._best()
+        yield from self._try([dataclasses.replace(best, remat=r) for r in ("none", "full")])
+        yield from self._try([dataclasses.replace(self._best(), scan_layers=False)])
         same_batch = self._best()
         yield from self._try(self._fuller())
         if not self.rates:
