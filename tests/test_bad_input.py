@@ -237,7 +237,7 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "sampling of sizes": (
         "small",
         {"objective.step_size_sampling": "all"},
-        ("objective.step_size_sampling='all'", "expected one of random, stratified", "choose"),
+        ("step_size_sampling='all'", "expected one of random, systematic, stratified", "choose"),
     ),
     "dropout": ("small", {"objective.class_dropout": 1.5}, ("class_dropout=1.5", "0 and 1")),
     "guidance without dropout": (

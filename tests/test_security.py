@@ -46,6 +46,8 @@ NEVER = {
     "shutil.unpack_archive", "tempfile.mktemp",
 }  # fmt: skip
 METHODS_NEVER = {"extractall", "extract"}  # of an archive
+# The code of others that is run because --authors says so, as another Python is by --torch_python.
+RUNS_A_CHECKOUT = "shortcut_jax/benchmarks/authors.py"
 # What only these files may use, because they check what comes in.
 ONLY_IN = {
     "pickle": {"shortcut_jax/restricted_pickle.py", "shortcut_jax/torch_file.py"},
@@ -89,8 +91,9 @@ def offences(source, path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_runs_nothing_from_outside(path):
-    found = list(offences(path.read_text(), path.relative_to(ROOT).as_posix()))
-    assert found == []
+    name = path.relative_to(ROOT).as_posix()
+    found = [what for _, what in offences(path.read_text(), name)]
+    assert set(found) == ({"exec", "compile"} if name == RUNS_A_CHECKOUT else set())
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def measure_step(
             conditions: dict[str, Any] = facts | {
                 "batch_size": config.batch_size, "dtype": dtype, "steps_in_a_turn": steps,
             }  # fmt: skip
-            with np.load(paths["outputs.npz"]) as file:
+            with np.load(paths["outputs.npz"], allow_pickle=False) as file:
                 error = relative(file["output"], expected)
             bound = {"bound": BOUND, "passed": error <= BOUND}
             yield summarize(f"{name}: outputs", [error], "relative to ours", conditions | bound)

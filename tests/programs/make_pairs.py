@@ -4,7 +4,6 @@ python -m tests.programs.make_pairs OUT TEACHER DATA,FSDP ... writes OUT/DATA,FS
 noise, image and label of every pair that the teacher in the workdir TEACHER makes.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from tests.untrained_runs import small
 
 def main(out: Path, teacher: str, specs: list[str]) -> None:
     config = small("reflow", teacher=teacher)
-    prepared = run.prepare(config)
     found = pretrained.find(config).teacher
     for spec in specs:
         mesh = sharding.make_mesh(*map(int, spec.split(",")))  # may leave devices out
-        setup = dataclasses.replace(prepared, mesh=mesh)
+        setup = run.build(config, mesh)
         made = pairs.prepare(setup, found, out / spec)
         np.savez(out / f"{spec}.npz", **made.rows(np.arange(made.size)))
 

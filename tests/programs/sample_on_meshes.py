@@ -7,7 +7,6 @@ python -m tests.programs.sample_on_meshes OUT DATA,FSDP,BATCH_SIZE ... writes OU
 and OUT/SPEC.json, the records of the evaluation.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def main(out: Path, specs: list[str]) -> None:
     for spec in specs:
         data_axis, fsdp_axis, config.eval.batch_size = map(int, spec.split(","))
         mesh = sharding.make_mesh(data_axis, fsdp_axis)  # may leave devices out
-        setup = dataclasses.replace(prepared, mesh=mesh)
+        setup = run.build(config, mesh)
         shardings = sharding.shard_tree(params, mesh)
         evaluator = evaluation.Evaluator(setup, dataset, shardings)
         placed = jax.device_put(params, shardings)

@@ -208,7 +208,7 @@ def main(arguments: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = build(arguments["model"], arguments["image_shape"])
     network.load_state_dict(load_file(arguments["weights"]))
-    with np.load(arguments["inputs"]) as file, torch.no_grad():
+    with np.load(arguments["inputs"], allow_pickle=False) as file, torch.no_grad():
         given = [torch.from_numpy(file[name]) for name in ("x", "t", "d", "labels")]
         np.savez(arguments["outputs"], output=network(*given).numpy())
     facts = {"torch": torch.__version__, "torch_device": device}
