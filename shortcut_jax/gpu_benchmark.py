@@ -36,7 +36,6 @@ TORCH_PYTHON = flags.DEFINE_string(
 AUTHORS = flags.DEFINE_string(
     "authors", "", "Checkout of github.com/kvfrans/shortcut-models, for authors_*."
 )
-GRACE = 60  # seconds that a part may take beyond the time that it was given
 
 
 def main() -> None:
@@ -95,10 +94,10 @@ def _run_alone(part: str, path: Path, deadline: float) -> None:
     }
     print(f"--- {part}", flush=True)
     try:
-        status = subprocess.run(command, env=environment, timeout=left + GRACE).returncode
+        status = subprocess.run(command, env=environment, timeout=left + gpu_parts.GRACE).returncode
         error = f"its process ended with {status}" if status else ""
     except subprocess.TimeoutExpired:
-        error = f"its process was still running {GRACE} s after the time was up"
+        error = f"its process was still running {gpu_parts.GRACE} s after the time was up"
     if error:
         gpu_report.add_failure(path, part, error)
 

@@ -1,7 +1,7 @@
 """Weak and strong scaling of the training step, by what the compiler says of it; nothing is run.
 
   python -m shortcut_jax.scaling --config=configs/digits.py --config.batch_size=256 \
-      --machines=cpu:1,cpu:2,cpu:4,cpu:8 --out=docs/results/scaling.json
+      --machines=cpu:1,cpu:2,cpu:4,cpu:8 --kept=docs/results/scaling.json
   python -m shortcut_jax.scaling_table docs/results/scaling.json > docs/scaling.md
 
 Every machine is compiled for data-parallel, fully sharded, and with 8 devices or more in two data
@@ -27,7 +27,7 @@ from shortcut_jax.files import read_json, write_atomically
 MACHINES = flags.DEFINE_list(
     "machines", ["cpu:1", "cpu:2", "cpu:4", "cpu:8"], "As --topology of main takes them."
 )
-OUT = flags.DEFINE_string("out", None, "JSON file that keeps the rows, beside those of others.")
+KEPT = flags.DEFINE_string("kept", None, "JSON file that keeps the rows, beside those of others.")
 
 # What tells one row from another.
 KEYS = ("network", "machine", "mesh", "batch_size", "scanned")
@@ -205,16 +205,16 @@ def main() -> None:
     config = config_flag.CONFIG.value
     run.check(config)
     check(config)
-    if OUT.value:
-        cli.check_writable("--out", Path(OUT.value).absolute().parent)
+    if KEPT.value:
+        cli.check_writable("--kept", Path(KEPT.value).absolute().parent)
     # CPU devices are made once for a process, so the most come first.
     names = sorted(MACHINES.value, key=_cpus, reverse=True)
     machines = {name: topology.find_machine(name).devices for name in names}
     sizes = {name: len(machines[name]) for name in MACHINES.value}
     for case in cases(sizes, config.batch_size):
         row = measure(config, machines[case.machine], case)
-        if OUT.value:
-            add(Path(OUT.value), row)
+        if KEPT.value:
+            add(Path(KEPT.value), row)
         print(
             f"{case.machine} {case.data}x{case.fsdp}, batch {case.batch_size}: "
             f"receives {row.received / 2**20:.2f} MiB, least {row.least / 2**20:.2f} MiB; "

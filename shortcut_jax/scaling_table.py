@@ -123,9 +123,9 @@ and its text read (`shortcut_jax/collectives.py`). All figures are of one device
 ```bash
 XLA_FLAGS=--xla_backend_optimization_level=0 python -m shortcut_jax.scaling \\
     --config=configs/digits.py --config.batch_size=256 --config.model.hidden_size=128 \\
-    --config.model.depth=2 --config.model.patch_size=1 --out=docs/results/scaling.json
+    --config.model.depth=2 --config.model.patch_size=1 --kept=docs/results/scaling.json
 python -m shortcut_jax.scaling --config=configs/imagenet.py:b --config.model.scan_layers=True \\
-    --machines=v5e:2x4,v5e:4x4 --out=docs/results/scaling.json    # libtpu; minutes for each
+    --machines=v5e:2x4,v5e:4x4 --kept=docs/results/scaling.json    # libtpu; minutes for each
 python -m shortcut_jax.scaling_table docs/results/scaling.json > docs/scaling.md
 ```
 
@@ -186,7 +186,7 @@ def main() -> None:
     rows = scaling.read(Path(path))
     if not rows:
         raise UserError(
-            f"{path} holds no row; expected what shortcut_jax.scaling --out={path} keeps: compile "
+            f"{path} holds no row; expected what shortcut_jax.scaling --kept={path} keeps: compile "
             "some steps first."
         )
     print(page(rows), end="")

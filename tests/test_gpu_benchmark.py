@@ -7,7 +7,7 @@ import math
 import pytest
 
 from shortcut_jax.benchmarks import Failure, correct, gpu_parts, gpu_report, summarize, variants
-from shortcut_jax.gpu_benchmark import GRACE
+from shortcut_jax.benchmarks.gpu_parts import GRACE
 from tests.sentences import assert_sentence
 
 COMMAND = ["-m", "shortcut_jax.gpu_benchmark", "--small"]

@@ -57,7 +57,7 @@ def test_other_objectives_are_refused():
 @pytest.fixture(scope="module")
 def measured(run_python, tmp_path_factory):
     out = tmp_path_factory.mktemp("scaling") / "rows.json"
-    args = [*TINY, "--machines=cpu:2", f"--out={out}"]
+    args = [*TINY, "--machines=cpu:2", f"--kept={out}"]
     assert run_python(args, env={"XLA_FLAGS": FAST}, timeout=280).returncode == 0
     return out
 

@@ -100,6 +100,8 @@ def _features(settings: Settings) -> dict[str, Piece]:
 
 
 # Name -> what makes its pieces; in the order in which they run, what matters most first.
+GRACE = 60  # seconds that a part may take beyond the time that it was given
+
 PARTS: Mapping[str, Callable[[Settings], dict[str, Piece]]] = {
     "check": _checks,
     "xl2": lambda settings: _variants("xl2", settings),

@@ -37,6 +37,7 @@ def table() -> str:
     lines = []
     for size in ("b", "xl"):
         config = imagenet.get_config(size)
+        config.model.scan_layers = False
         network = state.build_network(config, config_lib.build_objective(config, NUM_CLASSES))
         unrolled = jax.eval_shape(functools.partial(state.init_params, network, LATENTS, seed=0))
         scanned = jax.eval_shape(layers.stack, unrolled)
