@@ -224,7 +224,7 @@ def latent_images(config: ConfigDict, builder: str, num_classes: int) -> None:
     config.eval.update(optional("eval"), every=0, metrics=("fid",))
     del config.data.idx_dir  # of fashion_mnist
     config.data.update(name="images", builder=builder, num_classes=num_classes, flip=True)
-    # Compiled in a fifth of the time and trained in half of the memory (docs/step.md).
+    # Compiled in half of the time or less, and trained in less memory (docs/step.md).
     config.model.update(scan_layers=True, remat="dots")
 
 
