@@ -42,7 +42,8 @@ results of a step's collectives on a device. TFLOPs are those of a device, with 
 again, counted before the step is compiled. GB accessed are the compiler's count of the step
 unrolled, by those with one block and with two (it counts the body of a loop once); under fsdp it
 makes loops of its own, and nothing is said. The last column is a batch that fits by the same
-compilation, all memory but the train state taken to grow with it.
+compilation, all memory but the train state taken to grow with it. Rows without a compile time are
+of an earlier state of the code, which drew step sizes at random and kept more of B's blocks.
 
 """
 COLUMNS = (
@@ -80,7 +81,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         ", ".join(sent) or "-",
         f"{row['flops'] / 1e12:.2f}",
         "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
-        f"{row['seconds']:.0f}",
+        "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",
     ]
 
