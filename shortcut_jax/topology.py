@@ -227,6 +227,7 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
 
 
 def program_for(config: ConfigDict, mesh: Mesh) -> Program:
+    """The step of a config on a mesh, without its data."""
     setup = run.build(config, mesh)
     return train.build_program(setup, *batch_shape(setup))
 

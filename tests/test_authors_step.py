@@ -3,6 +3,7 @@
 Their own code is not in this repository; docs/step.md says what was built from it.
 """
 
+import json
 import sys
 
 import jax
@@ -132,3 +133,28 @@ def test_a_folder_that_is_not_their_repository(tmp_path):
     with pytest.raises(UserError) as caught:
         build(tmp_path)
     assert_sentence(str(caught.value), [f"--authors={tmp_path}", "train.py", "6010043", "clone it"])
+
+
+# ------------------------------------------------------------------ beside ours, by a compiler
+
+COMPILED = ("-m", "shortcut_jax.benchmarks.compiled", "--topology=cpu:2")
+
+
+def test_their_step_is_compiled_for_a_machine_and_kept(checkout, run_python, tmp_path):
+    kept = tmp_path / "kept.json"
+    args = [*COMPILED, f"--authors={checkout}", "--rows=authors", f"--report={kept}"]
+    done = run_python(args)
+    assert done.returncode == 0, done.stderr
+    name = "b cpu:2 dp: authors"
+    assert done.stdout.startswith(f"| {name} | ")
+    row = json.loads(kept.read_text())[name]
+    # Its only product, 4 to 4 channels for 32 x 32 pixels of 128 rows on each of two devices.
+    assert row["flops"] > 2 * 4 * 4 * 32**2 * 128
+    assert row["peak"] > 0 and row["bytes_accessed"] > 0 and row["seconds"] > 0
+    assert "all-reduce" in row["collectives"]
+
+
+def test_a_row_that_there_is_not(checkout, run_python):
+    done = run_python([*COMPILED, f"--authors={checkout}", "--rows=theirs"])
+    assert done.returncode == 2
+    assert_sentence(done.stderr.splitlines()[-1], ["'theirs'", "authors", "choose among them"])

@@ -20,6 +20,7 @@ from absl import flags, logging
 from configs import imagenet
 from shortcut_jax import cli, collectives, topology
 from shortcut_jax.benchmarks import authors
+from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
 
 AUTHORS = flags.DEFINE_string("authors", None, "Checkout of the authors' code.", required=True)
@@ -50,8 +51,15 @@ def main() -> None:
 
 
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    known = ["authors", *OURS]
+    for name in ROWS.value:
+        if name not in known:
+            raise UserError(
+                f"--rows holds {name!r}; expected some of {', '.join(known)}, joined by commas: "
+                "choose among them."
+            )
     machine, size, mesh = topology.find_machine(TOPOLOGY.value), SIZE.value, MESH.value
-    for name in ROWS.value or ["authors", *OURS]:
+    for name in ROWS.value or known:
         logging.info("Compiling: %s", name)
         if name == "authors":
             row = theirs(Path(AUTHORS.value), machine, size, mesh)
