@@ -8,7 +8,7 @@ where its released code has others).
   expected FID-50k 15.5 / 28.3 / 40.3 in 128 / 4 / 1 steps (B), 3.8 / 7.8 / 10.6 (XL); by the
                    authors' protocol, docs/checkpoints.md
   hardware         the paper: TPU-v3. B fits 8 cores of 16 GB, XL wants --config.mesh.fsdp=8 there
-  cost             800,000 updates of 256 images, 162 epochs; each row 3.5 forward passes
+  cost             800,000 updates of 256 images, 162 epochs; each row 3.6 forward passes
 
   python -m shortcut_jax.download sd-vae-ft-mse --out=vae.safetensors
   python -m shortcut_jax.download inception-2015-12-05 --out=inception.pth

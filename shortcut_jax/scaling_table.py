@@ -124,7 +124,8 @@ and its text read (`shortcut_jax/collectives.py`). All figures are of one device
 XLA_FLAGS=--xla_backend_optimization_level=0 python -m shortcut_jax.scaling \\
     --config=configs/digits.py --config.batch_size=256 --config.model.hidden_size=128 \\
     --config.model.depth=2 --config.model.patch_size=1 --kept=docs/results/scaling.json
-python -m shortcut_jax.scaling --config=configs/imagenet.py:b --config.model.scan_layers=True \\
+python -m shortcut_jax.scaling --config=configs/imagenet.py:b --config.model.remat=none \\
+    --config.objective.step_size_sampling=random \\
     --machines=v5e:2x4,v5e:4x4 --kept=docs/results/scaling.json    # libtpu; minutes for each
 python -m shortcut_jax.scaling_table docs/results/scaling.json > docs/scaling.md
 ```
