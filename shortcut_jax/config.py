@@ -59,7 +59,8 @@ def default() -> ConfigDict:
                 "modulation_init": "zero",  # zero | xavier
                 "dtype": "auto",  # of matrix products: float32 on a CPU, bfloat16 elsewhere
                 "remat": "none",  # none | full | dots: what the backward pass computes again
-                "attention": "xla",  # xla | cudnn (GPU) | splash (TPU): docs/gpu_speed.md
+                # auto | xla | cudnn (GPU) | pallas (TPU); docs/attention.md
+                "attention": "auto",
                 "scan_layers": False,  # one compiled block, looped over: compiles faster
             },
             "optimizer": {

@@ -84,21 +84,23 @@ def prepare(config: ConfigDict, measures: bool = True) -> Setup:
         metrics.check_files(name, config.eval)
     spaces.check_files(config)
     axes = validation.check_devices(config, jax.device_count(), sharding.num_slices())
-    check_platform(config, jax.default_backend())
+    check_device(config, jax.devices()[0])
     return build(config, sharding.make_mesh(*axes))
 
 
-def check_platform(config: ConfigDict, platform: str) -> None:
+def check_device(config: ConfigDict, device: jax.Device) -> None:
     """Raises UserError if the config asks for what that kind of device does not have."""
-    dtype = state.product_dtype(config, platform)
-    attention.check_platform(config.model.attention, platform, dtype)
+    image_shape, num_classes = check(config)
+    objective = config_lib.build_objective(config, num_classes)
+    use = state.attention_use(config, objective, image_shape, device)
+    attention.check(config.model.attention, use)
 
 
 def build(config: ConfigDict, mesh: Mesh) -> Setup:
     """The parts of a valid config on a mesh that may be another than the config's."""
     image_shape, num_classes = check(config)
     objective = config_lib.build_objective(config, num_classes)
-    network = state.build_network(config, objective, sharding.platform(mesh))
+    network = state.build_network(config, objective, image_shape, mesh.devices.flat[0])
     network = network.clone(rows=sharding.batch_sharding(mesh))
     space = spaces.build(config, mesh)
     return Setup(config, image_shape, num_classes, objective, network, mesh, space)

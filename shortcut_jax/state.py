@@ -36,27 +36,51 @@ class TrainState:
 PARAMS_FIELD = {"ema": "ema", "online": "params"}
 
 
-def build_network(config: ConfigDict, objective: Objective, platform: str | None = None) -> DiT:
+def build_network(
+    config: ConfigDict,
+    objective: Objective,
+    image_shape: tuple[int, int, int],
+    device: jax.Device | None = None,
+) -> DiT:
     """The DiT of `config.model`.
 
     Args:
       config: of the run.
       objective: decides the labels and whether the network sees step sizes.
-      platform: it shall run on, the local back end by default. On "cpu" the dtype "auto" is
+      image_shape: (H, W, C) of what it sees.
+      device: one of those it shall run on, the first by default. On a CPU the dtype "auto" is
         float32, elsewhere bfloat16. A kernel of attention that does not run there is "xla", so
         that a trained network can be used anywhere (`run.prepare` refuses to train so).
     """
-    platform = platform or jax.default_backend()
-    dtype = product_dtype(config, platform)
+    device = device or jax.devices()[0]
     model = {key: value for key, value in config.model.items() if key != "dtype"}
-    model["attention"] = attention.usable(model["attention"], platform, dtype)
+    use = attention_use(config, objective, image_shape, device)
+    model["attention"] = attention.choose(model["attention"], use)
     return DiT(
         **model,
         num_classes=objective.null_label,
         ignore_step=not objective.uses_step_size,
         max_level=objective.num_levels,
-        residual_barrier=platform == "cpu",
-        dtype=dtype,
+        residual_barrier=device.platform == "cpu",
+        dtype=use.dtype,
+    )
+
+
+def attention_use(
+    config: ConfigDict,
+    objective: Objective,
+    image_shape: tuple[int, int, int],
+    device: jax.Device,
+) -> attention.Use:
+    """What the network of `build_network` attends to, and where."""
+    model = config.model
+    return attention.Use(
+        device=device,
+        dtype=product_dtype(config, device.platform),
+        tokens=(image_shape[0] // model.patch_size) ** 2,
+        heads=model.num_heads,
+        head_dim=model.hidden_size // model.num_heads,
+        forward_mode=objective.differentiates_forward,
     )
 
 

@@ -197,8 +197,9 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     slices = sharding.num_slices(machine.devices)
     axes = validation.check_devices(config, len(machine.devices), slices)
     mesh = sharding.make_mesh(*axes, machine.devices)
-    run.check_platform(config, sharding.platform(mesh))
-    program = program_for(config, mesh)
+    run.check_device(config, machine.devices[0])
+    setup = run.build(config, mesh)
+    program = train.build_program(setup, *batch_shape(setup))
     start = time.process_time()
     compiled, peak = compile_program(program)
     seconds = time.process_time() - start
@@ -213,7 +214,8 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         devices=len(machine.devices),
         mesh=dict(mesh.shape),
         batch_size=config.batch_size,
-        settings={key: flat[key] for key in ("accumulation_steps", *config_lib.LAYOUT)},
+        settings={key: flat[key] for key in ("accumulation_steps", *config_lib.LAYOUT)}
+        | {"model.attention": setup.network.attention},
         fits=compiled is not None,
         peak=peak,
         hbm=machine.hbm,

@@ -52,7 +52,6 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     """
     _check_latents(flatten(config))
     _check_model(config.model, spaces.shape(config, image_shape))
-    _check_attention(config, spaces.shape(config, image_shape))
     _check_guidance(config.objective)
     _check_metrics(config.eval, image_shape)
     averages.check(config)
@@ -159,7 +158,7 @@ _CHOICES = {
     "autoencoder.kind": tuple(ARCHITECTURES),
     "data.crop": tuple(CROPS),
     "model.attention_scale": ("sqrt", "linear"),
-    "model.attention": tuple(attention.KERNELS),
+    "model.attention": (attention.AUTO, *attention.KERNELS),
     "model.step_embedding": ("d", "log2"),
     "model.modulation_init": ("zero", "xavier"),
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -319,18 +318,6 @@ def _check_model(model: ConfigDict, image_shape: tuple[int, int, int]) -> None:
         int(model.hidden_size * model.mlp_ratio) >= 1,
         f"model.mlp_ratio={model.mlp_ratio} of model.hidden_size={model.hidden_size} is less than "
         "one unit in the MLP; expected at least one: raise it (DiT has 4).",
-    )
-
-
-def _check_attention(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
-    model, name = config.model, config.objective.name
-    tokens = (image_shape[0] // model.patch_size) ** 2
-    attention.check(model.attention, tokens, model.hidden_size // model.num_heads)
-    check(
-        attention.KERNELS[model.attention].forward_mode
-        or not objectives.OBJECTIVES[name].differentiates_forward,
-        f"model.attention={model.attention} has no forward-mode derivative, which objective={name} "
-        "takes of the network; expected a kernel that has one: set model.attention=xla.",
     )
 
 

@@ -20,7 +20,7 @@ def test_step_is_adamw_on_the_mean_squared_error_then_ema():
     config.ema_rate = 0.9
     config.batch_size = 8
     objective = config_lib.build_objective(config, num_classes=10)
-    network = state.build_network(config, objective)
+    network = state.build_network(config, objective, (8, 8, 1))
     optimizer = state.build_optimizer(config)
     params = state.init_params(network, (8, 8, 1), seed=0)
     ema = jax.tree.map(lambda a: a + 1.0, params)  # unlike the parameters
@@ -66,7 +66,7 @@ def trained(**overrides):
     config.optimizer.eps = 1e-4
     config.update_from_flattened_dict(overrides)
     objective = config_lib.build_objective(config, num_classes=10)
-    network = state.build_network(config, objective)
+    network = state.build_network(config, objective, (8, 8, 1))
     optimizer = state.build_optimizer(config)
     params = state.init_params(network, (8, 8, 1), seed=0)
     # The layers that start at zero would hide the gradient of those before them.

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from shortcut_jax import layers
 from shortcut_jax.models import attention as attention_lib
@@ -27,12 +28,14 @@ PATCHES = (2, 4, 8)
 
 TABLE_INIT = nn.initializers.normal(0.02)  # embedding tables and the time and step-size MLPs
 
+PRODUCT = "product"  # name of the results of dense layers, by which "dots" knows them
+
 # What of a block's forward pass is kept for its backward pass; the rest is computed again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    # The products with weights, which are most of the work; not those of attention, [T, T].
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The products with weights, which are most of the work, biases added; not those of attention.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -150,7 +153,6 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         """x: [B, T, h] of `dtype`; c: [B, h] float32. Returns [B, T, h]."""
         h = x.shape[-1]
-        head_dim = h // self.num_heads
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(
             6, h, self.modulation_init, self.dtype, name="modulation"
         )(c)
@@ -158,10 +160,10 @@ class Block(nn.Module):
         y = modulate(layer_norm(x), shift_a, scale_a).astype(self.dtype)
         # One product for q, k and v; each third is initialised as a matrix of its own.
         qkv = dense(3 * h, self.dtype, init="thirds", name="qkv")(y)  # [B, T, 3h]
-        q, k, v = jnp.unstack(qkv.reshape(*qkv.shape[:2], 3, self.num_heads, head_dim), axis=2)
+        head_dim = h // self.num_heads
         scale = 1 / head_dim if self.attention_scale == "linear" else 1 / math.sqrt(head_dim)
-        y = attention_lib.KERNELS[self.attention].attend(q, k, v, scale, self.rows)
-        y = dense(h, self.dtype, name="attention_out")(y.reshape(x.shape))
+        y = attention_lib.KERNELS[self.attention].attend(qkv, self.num_heads, scale, self.rows)
+        y = dense(h, self.dtype, name="attention_out")(y)
         x = self._residual(x + gate_a * y)
 
         y = modulate(layer_norm(x), shift_m, scale_m).astype(self.dtype)
@@ -193,16 +195,23 @@ class SinusoidMLP(nn.Module):
         return nn.Dense(self.hidden_size, kernel_init=TABLE_INIT, name="out")(nn.silu(x))
 
 
+class Dense(nn.Dense):
+    """A dense layer whose result has the name PRODUCT."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return checkpoint_name(super().__call__(x), PRODUCT)
+
+
 def dense(
     features: int, dtype: Any, *, name: str, init: Literal["xavier", "thirds", "zero"] = "xavier"
-) -> nn.Dense:
+) -> Dense:
     """A biased dense layer: Xavier-uniform ("thirds": three square ones side by side) or zero."""
     inits = {
         "xavier": nn.initializers.xavier_uniform(),
         "thirds": _stacked_xavier(3),
         "zero": nn.initializers.zeros,
     }
-    return nn.Dense(
+    return Dense(
         features, kernel_init=inits[init], dtype=dtype, dot_general=_product_of_rows, name=name
     )
 

@@ -38,7 +38,8 @@ def table() -> str:
     for size in ("b", "xl"):
         config = imagenet.get_config(size)
         config.model.scan_layers = False
-        network = state.build_network(config, config_lib.build_objective(config, NUM_CLASSES))
+        objective = config_lib.build_objective(config, NUM_CLASSES)
+        network = state.build_network(config, objective, LATENTS)
         unrolled = jax.eval_shape(functools.partial(state.init_params, network, LATENTS, seed=0))
         scanned = jax.eval_shape(layers.stack, unrolled)
         for layout, shapes in (("unrolled", unrolled), ("scanned", scanned)):

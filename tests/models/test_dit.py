@@ -43,7 +43,7 @@ def authors_count(h, depth, num_classes, patch=2, channels=4, mlp=4):
 )
 def test_parameter_counts_are_the_authors(size, num_classes, millions):
     conf = config.build(f"authors_code,model={size}/2", lambda conf: None, {})
-    network = state.build_network(conf, config.build_objective(conf, num_classes))
+    network = state.build_network(conf, config.build_objective(conf, num_classes), LATENTS)
     params = jax.eval_shape(lambda: state.init_params(network, LATENTS, seed=0))
     width, depth = dit.SIZES[size]["hidden_size"], dit.SIZES[size]["depth"]
     expected = authors_count(width, depth, num_classes)
@@ -272,7 +272,7 @@ def test_methods_without_step_sizes_get_a_network_that_ignores_them():
     for name in objectives.OBJECTIVES:
         conf = config.build(f"objective={name},model=S/2", lambda conf: None, {})
         objective = config.build_objective(conf, num_classes=3)
-        network = state.build_network(conf, objective)
+        network = state.build_network(conf, objective, LATENTS)
         assert network.ignore_step == (name not in ("shortcut", "live_reflow", "mean_flow"))
         assert network.num_classes == 3
         assert network.max_level == (7 if name in ("shortcut", "live_reflow") else 0)
