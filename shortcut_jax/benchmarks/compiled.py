@@ -35,7 +35,7 @@ BATCH_SIZE, LATENTS = 256, (32, 32, 4)
 OURS: dict[str, dict[str, Any]] = {
     "as configured": {},
     "4 parts of the batch": {"accumulation_steps": 4},
-    "attention in one kernel": {"model.attention": "pallas"},
+    "attention by XLA": {"model.attention": "xla"},
     "all of a block again": {"model.remat": "full"},
     "unrolled and nothing again": {"model.remat": "none", "model.scan_layers": False},
 }
