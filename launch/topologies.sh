@@ -19,4 +19,4 @@ for topology in "$@"; do
     done
   done
 done
-python -m shortcut_jax.topology_table "$reports" > docs/topologies.md
+python -m shortcut_jax.planning.topology_table "$reports" > docs/topologies.md

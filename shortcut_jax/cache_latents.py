@@ -27,7 +27,8 @@ def main() -> None:
     """Makes or verifies the latents of the config's data set."""
     import jax
 
-    from shortcut_jax import data, latent_cache, run, sharding, spaces
+    from shortcut_jax import data, latent_cache, run, spaces
+    from shortcut_jax.parallel import sharding
 
     if not OUT.value:
         raise UserError("--out is missing; expected the folder of the latents: give --out=FOLDER.")

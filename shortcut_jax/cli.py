@@ -11,8 +11,9 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from shortcut_jax import compilation_cache, distributed, preemption
+from shortcut_jax import compilation_cache
 from shortcut_jax.errors import UserError
+from shortcut_jax.parallel import distributed, preemption
 
 Parser = Callable[[Sequence[str]], list[str]]
 

@@ -12,9 +12,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from shortcut_jax import cli, distributed, distributed_flag, validation
+from shortcut_jax import cli, validation, versions
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
+from shortcut_jax.parallel import distributed, distributed_flag
 
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -43,7 +44,7 @@ def join() -> None:
     distributed_flag.start()
     if distributed.several():
         config = config_lib.flatten(CONFIG.value or {})
-        distributed.agree(distributed.code() | {f"config.{k}": v for k, v in config.items()})
+        distributed.agree(versions.compared() | {f"config.{k}": v for k, v in config.items()})
 
 
 def with_objective(name: str) -> ConfigDict:

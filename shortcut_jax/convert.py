@@ -30,7 +30,7 @@ COMMANDS = {
 
 def main(command: str, source: str) -> None:
     """Runs one command, and says what was written."""
-    from shortcut_jax import conversion
+    from shortcut_jax.weights import conversion
 
     config, path = config_flag.CONFIG.value, Path(source)
     if not OUT.value:

@@ -13,7 +13,7 @@ from absl import flags
 
 from shortcut_jax import cli
 from shortcut_jax.errors import UserError
-from shortcut_jax.published import PUBLISHED, fetch
+from shortcut_jax.weights.published import PUBLISHED, fetch
 
 NAME = flags.DEFINE_enum(
     "name", None, list(PUBLISHED), "File to download; --name= may be left out."

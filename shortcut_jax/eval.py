@@ -69,7 +69,7 @@ class Verb(NamedTuple):
     """What a verb is.
 
     Attributes:
-      function: name of it in `shortcut_jax.verbs`.
+      function: name of it in `shortcut_jax.evaluation.verbs`.
       config: whether it needs --config ("yes"), may have one ("may") or has none ("no").
       takes: the flags of this module that it has.
     """
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def main(name: str) -> None:
     """Does what a verb says."""
-    from shortcut_jax import verbs
+    from shortcut_jax.evaluation import verbs
 
     config_flag.join()
     verb = VERBS[name]

@@ -36,7 +36,7 @@ def main() -> None:
 
 def compile_for(name: str) -> None:
     """Prints what --dry_run --topology=NAME asks for."""
-    from shortcut_jax import topology, topology_table
+    from shortcut_jax.planning import topology, topology_table
 
     if not DRY_RUN.value:
         raise UserError(

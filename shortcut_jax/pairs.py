@@ -16,10 +16,11 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from shortcut_jax import distributed, manifest, run, sampling, sharding, state
+from shortcut_jax import manifest, run, sampling, state
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import build
+from shortcut_jax.parallel import distributed, sharding
 from shortcut_jax.pretrained import Pretrained, digest
 
 SHARD_ROWS = 4096

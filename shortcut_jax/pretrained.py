@@ -13,10 +13,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, layers, run, sharding, validation
+from shortcut_jax import checkpoint, layers, run, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
+from shortcut_jax.parallel import sharding
 from shortcut_jax.state import TrainState
 
 # Objectives whose network is an instantaneous velocity and nothing else.

@@ -10,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shortcut_jax import averages, run, sharding, state
+from shortcut_jax import averages, run, state
 from shortcut_jax.objectives import Batch
+from shortcut_jax.parallel import sharding
 from shortcut_jax.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], TrainState]

@@ -1,12 +1,9 @@
 """A run: its parts before training or evaluation, and what its workdir and checkpoints say."""
 
 import dataclasses
-import functools
 import hashlib
-import importlib.metadata
 import json
 import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,13 @@ from ml_collections import ConfigDict
 from shortcut_jax import (
     checkpoint,
     data,
-    distributed,
     latent_cache,
     metrics,
     parameters,
-    sharding,
     spaces,
     state,
     validation,
+    versions,
 )
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
@@ -35,6 +31,7 @@ from shortcut_jax.files import read_json, remove_leftovers, write_atomically
 from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
+from shortcut_jax.parallel import distributed, sharding
 
 FINISHED = "finished.json"  # written when the last checkpoint is durable
 CONVERTED = "converted_from"  # in the data position of a checkpoint that no training wrote
@@ -293,7 +290,7 @@ def checkpoint_meta(
         "config": config_lib.flatten(config),
         "data": dict(position),
         "clock": dict(clock),
-        "versions": versions(),
+        "versions": versions.recorded(),
     }
 
 
@@ -338,26 +335,6 @@ def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, 
         )
     if meta["data"]["next_step"] * config.batch_size != meta["data"]["next_row"]:
         raise UserError(f"{path} holds a data position that contradicts batch_size; use a copy.")
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide results, and the commit if the package runs from a git checkout."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    return found | {"commit": commit()}
-
-
-@functools.cache  # a process is of one commit, and every number is written with it
-def commit() -> str:
-    """The commit of the source tree, "+dirty" if it was changed, or "unknown"."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+dirty", "--abbrev=12", "--match="],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return head.stdout.strip()
 
 
 # ---------------------------------------------------------------------- the compiled step

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from absl import flags
 
-from shortcut_jax import cli, distributed, distributed_flag, preemption, workdir_flag
+from shortcut_jax import cli, workdir_flag
 from shortcut_jax.errors import UserError
+from shortcut_jax.parallel import distributed, distributed_flag, preemption
 
 STEPS = flags.DEFINE_list(
     "steps", [], "Numbers of sampling steps, e.g. 1,4,128; the run's eval.steps if not given."

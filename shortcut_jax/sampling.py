@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from shortcut_jax import rng, sharding
+from shortcut_jax import rng
 from shortcut_jax.errors import UserError
 from shortcut_jax.metrics.protocols import quantise
 from shortcut_jax.objectives import Objective
 from shortcut_jax.objectives.base import Velocity, sampling_velocity
+from shortcut_jax.parallel import sharding
 
 if TYPE_CHECKING:
     from shortcut_jax import trained

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shortcut_jax import autoencoder_weights, sharding
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
+from shortcut_jax.parallel import sharding
 from shortcut_jax.rng import Draw
+from shortcut_jax.weights import autoencoder_weights
 
 if TYPE_CHECKING:  # TFDS is imported only when data is opened.
     from shortcut_jax.data.sources import Dataset

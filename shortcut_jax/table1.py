@@ -26,15 +26,9 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what each row would spend, 
 
 def main() -> None:
     """Trains what is missing of the table, evaluates it, and writes the table."""
-    from shortcut_jax import (
-        budget,
-        distributed,
-        experiment,
-        objectives,
-        run,
-        table1_report,
-        validation,
-    )
+    from shortcut_jax import objectives, run, validation
+    from shortcut_jax.comparison import budget, experiment, table1_report
+    from shortcut_jax.parallel import distributed
 
     workdir = Path(workdir_flag.workdir()).absolute()  # teachers are named by it
     rows = ROWS.value or list(objectives.OBJECTIVES)

@@ -17,17 +17,11 @@ from ml_collections import ConfigDict
 from shortcut_jax import (
     accumulation,
     checkpoint,
-    distributed,
-    evaluation,
-    evaluation_report,
-    grid,
     pairs,
     parameters,
-    preemption,
     pretrained,
     rng,
     run,
-    sharding,
     snapshots,
     spaces,
     state,
@@ -37,9 +31,11 @@ from shortcut_jax import program as program_lib
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation import grid, measuring, reports
 from shortcut_jax.logs import MetricLogger
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Batch, Objective, Progress, Velocities
+from shortcut_jax.parallel import distributed, preemption, sharding
 from shortcut_jax.state import TrainState
 
 ######################################################################################
@@ -194,7 +190,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     state_shape, state_sharding = program.state_shape, program.state_sharding
     rows = sharding.batch_sharding(mesh)
     if config.eval.every:
-        evaluator = evaluation.Evaluator(setup, images, state_sharding.params)
+        evaluator = measuring.Evaluator(setup, images, state_sharding.params)
         ways_to_sample = grid.cells(setup, grid.Grid(config.eval.steps_in_loop))
 
     start = distributed.of_process_0(checkpoints.latest())
@@ -272,7 +268,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
                 with clock.phase("evaluate"):
                     params = parameters.of(train_state, config.eval.params)
                     results = evaluator.run(params, step, ways_to_sample)
-                    evaluation_report.report(workdir, results, logger)
+                    reports.report(workdir, results, logger)
 
             save = last or leave or step % config.checkpoint.every == 0
             if new and (save or stored.due(step)):

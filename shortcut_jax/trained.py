@@ -12,18 +12,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import (
-    averages,
-    checkpoint,
-    parameters,
-    run,
-    sampling,
-    sharding,
-    spaces,
-    state,
-)
+from shortcut_jax import averages, checkpoint, parameters, run, sampling, spaces, state
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives.base import rows
+from shortcut_jax.parallel import sharding
 
 DEFAULT_NUM = 8  # samples, where neither labels nor a number are given
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shortcut_jax import grid
+from shortcut_jax.evaluation import grid
 from shortcut_jax.sampling import to_uint8
 
 

@@ -386,7 +386,7 @@ def test_every_key_is_read(name, monkeypatch, photographs_dir, tmp_path):
     read: set[str] = set()
     train.train(Recorder(config, read), tmp_path / "run")  # type: ignore[arg-type]
 
-    if "section.steps" in source("grid.py"):  # of checkpoints, not in the loop
+    if "section.steps" in source("evaluation/grid.py"):  # of checkpoints, not in the loop
         read.add("eval.steps")
     read |= {f"mesh.{axis}" for axis in ("data", "fsdp")}  # by mesh_shape, tested above
     assert flat.keys() - read == set()

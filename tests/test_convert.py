@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from shortcut_jax import checkpoint, conversion, run, sampling
+from shortcut_jax import checkpoint, run, sampling
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
-from shortcut_jax.weights import exported
+from shortcut_jax.weights import conversion, exported
 from tests.golden import export_cases
 from tests.sentences import assert_sentence, contents
 from tests.untrained_runs import save_run, small

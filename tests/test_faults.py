@@ -5,8 +5,9 @@ import resource
 import pytest
 
 from configs import digits
-from shortcut_jax import checkpoint, evaluation, state, train
+from shortcut_jax import checkpoint, state, train
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation import measuring
 from tests.sentences import assert_sentence
 from tests.test_resume import finished_checkpoints, read_lines
 
@@ -60,7 +61,7 @@ def test_an_evaluation_that_fails_leaves_the_checkpoints(config, tmp_path, monke
     def fail(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(evaluation.Evaluator, "run", fail)
+    monkeypatch.setattr(measuring.Evaluator, "run", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         train.train(config, tmp_path)
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 3

@@ -11,19 +11,12 @@ import numpy as np
 import pytest
 
 from configs import imagenet
-from shortcut_jax import (
-    autoencoder_weights,
-    latent_cache,
-    pretrained,
-    rng,
-    run,
-    sampling,
-    sharding,
-    spaces,
-)
+from shortcut_jax import latent_cache, pretrained, rng, run, sampling, spaces
 from shortcut_jax.data import pipeline
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder
+from shortcut_jax.parallel import sharding
+from shortcut_jax.weights import autoencoder_weights
 from tests.photographs import write_folder
 from tests.sentences import assert_sentence, contents
 from tests.untrained_runs import save_run

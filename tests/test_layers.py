@@ -9,16 +9,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from shortcut_jax import (
-    checkpoint,
-    conversion,
-    layers,
-    pretrained,
-    run,
-    sampling,
-    sharding,
-    state,
-)
+from shortcut_jax import checkpoint, layers, pretrained, run, sampling, state
+from shortcut_jax.parallel import sharding
+from shortcut_jax.weights import conversion
 from tests.untrained_runs import param_shapes, random_params, save_run, small
 
 DEPTH = 3

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import manifest, pairs, pretrained, run, sampling, sharding, state
+from shortcut_jax import manifest, pairs, pretrained, run, sampling, state
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import base
+from shortcut_jax.parallel import sharding
 from tests.sentences import assert_sentence, contents
 from tests.untrained_runs import param_shapes, save_run, small
 

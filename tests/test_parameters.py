@@ -9,22 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from shortcut_jax import (
-    averages,
-    checkpoint,
-    conversion,
-    evaluation,
-    evaluation_report,
-    grid,
-    parameters,
-    run,
-    sampling,
-    sharding,
-    snapshots,
-    state,
-    train,
-)
+from shortcut_jax import averages, checkpoint, parameters, run, sampling, snapshots, state, train
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation import grid, measuring, of_runs, reports
+from shortcut_jax.parallel import sharding
+from shortcut_jax.weights import conversion
 from tests.kept_samples import by_steps
 from tests.sentences import assert_sentence, contents
 from tests.untrained_runs import param_shapes, small
@@ -240,12 +229,12 @@ def test_the_evaluation_command_takes_the_names(tracked, run_python, tmp_path):
             params, shardings = run.restore_params(setup, tracked.checkpoints, 8, name)
             kept, sink = by_steps()
             ways = grid.cells(setup, grid.Grid(steps=(1,)))
-            evaluation.Evaluator(setup, None, shardings).run(params, 8, ways, sink=sink)
+            measuring.Evaluator(setup, None, shardings).run(params, 8, ways, sink=sink)
             assert np.array_equal(found["arr_0"], kept[1].images) == same
 
     config, before = small("flow_matching", **{"eval.params": "ema_0.7"}), contents(workdir)
     with pytest.raises(UserError) as error:
-        evaluation.evaluate_checkpoint(run.prepare(config), workdir, 8)
+        of_runs.evaluate_checkpoint(run.prepare(config), workdir, 8)
     assert_sentence(str(error.value), ("eval.params=ema_0.7", *NAMES, "averages.rates"))
     assert contents(workdir) == before
 
@@ -280,8 +269,8 @@ def toy_run(monkeypatch):
         def run(self, params, step, ways):
             seen[step] = flatten_dict(jax.device_get(params))
 
-    monkeypatch.setattr(evaluation, "Evaluator", Recorder)
-    monkeypatch.setattr(evaluation_report, "report", lambda *_: None)
+    monkeypatch.setattr(measuring, "Evaluator", Recorder)
+    monkeypatch.setattr(reports, "report", lambda *_: None)
     monkeypatch.setattr(state, "build_network", lambda *_: Toy())
 
     def run(workdir, **overrides):

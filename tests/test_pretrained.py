@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import pretrained, run, sharding, state
+from shortcut_jax import pretrained, run, state
+from shortcut_jax.parallel import sharding
 from tests.untrained_runs import param_shapes, random_params, save_run, small
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import digits
-from shortcut_jax import preemption, program, train
+from shortcut_jax import program, train
+from shortcut_jax.parallel import preemption
 from tests.test_resume import CLOCK, read_lines
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import sampling, sharding
+from shortcut_jax import sampling
 from shortcut_jax.objectives.base import guide, sampling_velocity
 from shortcut_jax.objectives.flow_matching import FlowMatching
 from shortcut_jax.objectives.shortcut import Shortcut
+from shortcut_jax.parallel import sharding
 from tests import toys
 
 NULL = 10

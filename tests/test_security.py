@@ -1,7 +1,7 @@
 """Files and settings from outside are data: nothing in them runs, escapes or takes all memory.
 
-Hostile pickles are in test_restricted_pickle.py and test_torch_file.py, hashes of downloads in
-test_published.py, names that leave a zip in data/test_prepare.py.
+Hostile pickles are in weights/test_restricted_pickle.py and weights/test_torch_file.py, hashes of
+downloads in weights/test_published.py, names that leave a zip in data/test_prepare.py.
 """
 
 import ast
@@ -29,9 +29,10 @@ from PIL import Image
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import pairs, published, restricted_pickle, run, torch_file
+from shortcut_jax import pairs, run
 from shortcut_jax.data import crops, fashion_mnist, image_files, images
 from shortcut_jax.errors import UserError
+from shortcut_jax.weights import published, restricted_pickle, torch_file
 from tests.sentences import assert_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,14 +51,14 @@ METHODS_NEVER = {"extractall", "extract"}  # of an archive
 RUNS_A_CHECKOUT = "shortcut_jax/benchmarks/authors.py"
 # What only these files may use, because they check what comes in.
 ONLY_IN = {
-    "pickle": {"shortcut_jax/restricted_pickle.py", "shortcut_jax/torch_file.py"},
+    "pickle": {"shortcut_jax/weights/restricted_pickle.py", "shortcut_jax/weights/torch_file.py"},
     "zipfile": {
         "shortcut_jax/data/image_files.py",
-        "shortcut_jax/torch_file.py",
+        "shortcut_jax/weights/torch_file.py",
         "shortcut_jax/metrics/references.py",
-        "shortcut_jax/sample_files.py",  # an error, a writer
+        "shortcut_jax/evaluation/sample_files.py",  # an error, a writer
     },
-    "urllib.request": {"shortcut_jax/published.py"},
+    "urllib.request": {"shortcut_jax/weights/published.py"},
     "tarfile": set(),
     "requests": set(),
     "dill": set(),

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import sampling, sharding
+from shortcut_jax import sampling
 from shortcut_jax.objectives.consistency_training import ConsistencyTraining
 from shortcut_jax.objectives.diffusion import Diffusion, signal_levels
+from shortcut_jax.parallel import sharding
 
 CLASSES = 3
 SHAPE = (1, 1, 2)

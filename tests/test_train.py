@@ -91,7 +91,7 @@ def plainly():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_compute_a_step_agree(way, plainly):
-    """In losses, norms and parameters, to rounding: tests/test_meshes.py has the tolerances."""
+    """In losses, norms and parameters, to rounding (tolerances: tests/parallel/test_meshes.py)."""
     (metrics, params), (expected_metrics, expected) = trained(**way), plainly
     for found, wanted in zip(metrics, expected_metrics, strict=True):
         assert found == pytest.approx(wanted, rel=1e-5, nan_ok=True)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import evaluation, run, sampling, state, trained
+from shortcut_jax import run, sampling, state, trained
 from shortcut_jax.errors import UserError
+from shortcut_jax.evaluation import of_runs
 from shortcut_jax.objectives import OBJECTIVES
 from tests.kept_samples import by_steps
 from tests.sentences import assert_sentence
@@ -47,7 +48,7 @@ def test_samples_are_those_of_an_evaluation(name, tmp_path):
     config = small(name, **{"eval.seed": 7, "eval.metrics": ("fd_digits_mlp64",)})
     save_run(tmp_path, config)
     found, sink = by_steps()
-    evaluation.evaluate_checkpoint(run.prepare(config), tmp_path, 4, sink=sink)
+    of_runs.evaluate_checkpoint(run.prepare(config), tmp_path, 4, sink=sink)
     model = sampling.load(tmp_path)
     for num_steps, kept in found.items():
         drawn = model.sample(num_steps=num_steps, num=50, seed=7)

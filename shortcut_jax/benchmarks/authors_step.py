@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shortcut_jax import flops, run
+from shortcut_jax import run
 from shortcut_jax.benchmarks import Measurement, authors, ceiling, inputs, summarize, timing
 from shortcut_jax.benchmarks import workloads as workloads_lib
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.benchmarks.torch_step import speed
+from shortcut_jax.planning import flops
 
 GIGA = 1e9
 # Our contender -> what their flags say for the same work.

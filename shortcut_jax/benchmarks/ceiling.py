@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from shortcut_jax import sharding
 from shortcut_jax.benchmarks import Measurement, summarize, timing
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.parallel import sharding
 
 SIDES = {"cpu": (1024, 2048), "other": (4096, 8192, 16384)}
 SMALL_SIDES = (512,)

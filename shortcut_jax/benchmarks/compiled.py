@@ -18,10 +18,11 @@ import jax
 from absl import flags, logging
 
 from configs import imagenet
-from shortcut_jax import cli, collectives, topology
+from shortcut_jax import cli
 from shortcut_jax.benchmarks import authors
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
+from shortcut_jax.planning import collectives, topology
 
 AUTHORS = flags.DEFINE_string("authors", None, "Checkout of the authors' code.", required=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "Machine; see main --topology.")

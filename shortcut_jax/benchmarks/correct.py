@@ -15,11 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from shortcut_jax import run, sharding, state, topology, train
+from shortcut_jax import run, state, train
 from shortcut_jax.benchmarks import Measurement, inputs, summarize, workloads
 from shortcut_jax.metrics import fid, inception, inception_weights
 from shortcut_jax.metrics.protocols import INCEPTION
 from shortcut_jax.models import attention
+from shortcut_jax.parallel import sharding
+from shortcut_jax.planning import topology
 
 # Of attention, forward and gradient: 2^-7 is twice what rounding one bfloat16 costs at most.
 ATTENTION = {"bfloat16": 2.0**-7, "float32": 1e-5}

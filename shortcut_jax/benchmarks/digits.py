@@ -22,12 +22,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import digits
-from shortcut_jax import run, sharding, spaces, train
+from shortcut_jax import run, spaces, train
 from shortcut_jax.benchmarks import Measurement, Options, authors, summarize, timing
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.data import pipeline
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.objectives import Batch
+from shortcut_jax.parallel import sharding
 from shortcut_jax.program import Program
 
 ON_DEVICE = 8  # batches that "device" goes through

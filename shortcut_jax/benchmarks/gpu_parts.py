@@ -130,11 +130,11 @@ def run_part(part: str, settings: Settings, path: Path) -> None:
     """Runs the pieces of a part; the file has all that was found at any time."""
     import jax
 
-    from shortcut_jax import run
+    from shortcut_jax import versions
 
     start = time.monotonic()
     devices = jax.devices()
-    about = {**run.versions(), "device": devices[0].device_kind, "devices": len(devices)}
+    about = {**versions.recorded(), "device": devices[0].device_kind, "devices": len(devices)}
     content = gpu_report.Content(part, about)
     try:
         pieces = PARTS[part](settings)

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from shortcut_jax import sharding
 from shortcut_jax.benchmarks import Measurement, Options, latents, summarize
 from shortcut_jax.clock import Clock
 from shortcut_jax.data import pipeline
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.logs import MetricLogger
+from shortcut_jax.parallel import sharding
 
 BATCH_SIZE = 256
 MOMENTS = (32, 32, 8)  # mean and log variance of latents of 256x256 images

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax import run, sharding
+from shortcut_jax import run
 from shortcut_jax.objectives import Batch
+from shortcut_jax.parallel import sharding
 from shortcut_jax.program import Program
 from shortcut_jax.state import TrainState
 

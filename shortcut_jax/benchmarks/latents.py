@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax import latent_cache, rng, sharding, spaces
+from shortcut_jax import latent_cache, rng, spaces
 from shortcut_jax.benchmarks import Measurement, Options, timing
 from shortcut_jax.benchmarks.peer import Peer
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.data import pipeline
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.models.autoencoder import SCALE
+from shortcut_jax.parallel import sharding
 
 DRAWS = 16  # batches drawn in a round
 

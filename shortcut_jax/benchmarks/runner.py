@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shortcut_jax import flops, run, sharding, topology, train
+from shortcut_jax import run, train
 from shortcut_jax.benchmarks import inputs, timing
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.parallel import sharding
+from shortcut_jax.planning import flops, topology
 from shortcut_jax.program import Program
 
 

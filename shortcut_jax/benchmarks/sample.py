@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from shortcut_jax import data, flops, run, sampling, sharding, state, topology
+from shortcut_jax import data, run, sampling, state
 from shortcut_jax.benchmarks import (
     Measurement,
     Options,
@@ -20,6 +20,8 @@ from shortcut_jax.benchmarks import (
 )
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.models import autoencoder
+from shortcut_jax.parallel import sharding
+from shortcut_jax.planning import flops, topology
 
 GIGA = 1e9
 STEPS = (1, 4, 128)

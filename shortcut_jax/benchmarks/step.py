@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from shortcut_jax import topology
 from shortcut_jax.benchmarks import Measurement, Options, ceiling, summarize, timing, workloads
 from shortcut_jax.benchmarks.runner import Step, Steps, compile_step
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.planning import topology
 
 GIGA = 1e9
 FILL = 0.9  # of the memory: what else runs needs some

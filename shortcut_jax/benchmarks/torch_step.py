@@ -15,10 +15,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from shortcut_jax import flops, layers, run, state
+from shortcut_jax import layers, run, state
 from shortcut_jax.benchmarks import Measurement, ceiling, inputs, summarize, timing
 from shortcut_jax.benchmarks.peer import Peer
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.planning import flops
 from shortcut_jax.weights import exported
 
 GIGA = 1e9

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from shortcut_jax import autoencoder_weights
 from shortcut_jax.benchmarks import Measurement, Options, timing
 from shortcut_jax.benchmarks.peer import Peer, check_backend
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.models import autoencoder
+from shortcut_jax.weights import autoencoder_weights
 
 
 def measure(options: Options) -> Iterator[Measurement]:

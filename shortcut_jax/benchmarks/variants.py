@@ -15,11 +15,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from shortcut_jax import topology
 from shortcut_jax.benchmarks import Failure, Measurement, ceiling, summarize, timing, workloads
 from shortcut_jax.benchmarks.correct import kernels
 from shortcut_jax.benchmarks.runner import Step, Steps, compile_step
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.planning import topology
 
 GIGA = 1e9
 FILL = 0.9  # of the memory: what else runs needs some

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shortcut_jax import torch_file
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import sha256_of
-from shortcut_jax.published import PUBLISHED
+from shortcut_jax.weights import torch_file
+from shortcut_jax.weights.published import PUBLISHED
 
 # Named in place of a file: weights that measure nothing, made on the spot.
 RANDOM = "random"

@@ -1,7 +1,7 @@
 """Attention, softmax(scale q k^T) v for every head, by each of the kernels that `model.attention`
 names. To add one, add an entry to KERNELS.
 
-They give the same values but for rounding (docs/gpu_speed.md has the bounds). The fused ones keep
+They give the same values but for rounding (docs/attention.md has the bounds). The fused ones keep
 neither logits nor probabilities, [heads, T, T] for each row and block, for the backward pass, and
 compute them again.
 """

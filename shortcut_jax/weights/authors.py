@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax import restricted_pickle
 from shortcut_jax.errors import UserError
+from shortcut_jax.weights import restricted_pickle
 from shortcut_jax.weights.tables import Sizes, Source, flatten, layer
 
 EXPECTED = "a checkpoint that kvfrans/shortcut-models wrote"

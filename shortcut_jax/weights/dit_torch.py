@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from shortcut_jax import torch_file
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
+from shortcut_jax.weights import torch_file
 from shortcut_jax.weights.tables import Sizes, Source, layer
 
 LAST_LEVEL = 999

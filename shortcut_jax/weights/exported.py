@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import run
+from shortcut_jax import run, versions
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import Objective
 from shortcut_jax.weights.tables import flatten, unflatten
@@ -55,7 +55,7 @@ def describe(setup: run.Setup, step: int, params: str) -> dict[str, Any]:
         "step": step,
         "params": params,
         "config": config_lib.flatten(setup.config),
-        "versions": run.versions(),
+        "versions": versions.recorded(),
     }
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shortcut_jax.autoencoder_weights import Tensors, random_weights
 from shortcut_jax.models.autoencoder import ARCHITECTURES
+from shortcut_jax.weights.autoencoder_weights import Tensors, random_weights
 
 OUT = Path(__file__).with_name("autoencoder.npz")
 SEED = 7

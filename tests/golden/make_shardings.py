@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh
 
 from configs import imagenet
 from shortcut_jax import config as config_lib
-from shortcut_jax import layers, sharding, state
+from shortcut_jax import layers, state
+from shortcut_jax.parallel import sharding
 
 FSDP = (8, 64, 256)
 LATENTS, NUM_CLASSES = (32, 32, 4), 1000

@@ -20,7 +20,7 @@ from shortcut_jax.files import sha256_of
 from shortcut_jax.metrics import dinov2
 from shortcut_jax.metrics import dinov2_weights as weights_lib
 from shortcut_jax.metrics.protocols import DINOV2
-from shortcut_jax.published import PUBLISHED
+from shortcut_jax.weights.published import PUBLISHED
 from tests.golden import make_dinov2 as golden
 from tests.golden.make_inception import photograph_digest, photographs, positions, summary
 from tests.sentences import assert_sentence

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import data, evaluation, grid, metrics, run, sharding, state
+from shortcut_jax import data, metrics, run, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.evaluation_report import metric_name
+from shortcut_jax.evaluation import grid, measuring
+from shortcut_jax.evaluation.reports import metric_name
 from shortcut_jax.metrics import fid
 from shortcut_jax.metrics import inception_weights as lib
 from shortcut_jax.metrics.extractor import Extractor
 from shortcut_jax.metrics.protocols import INCEPTION
-from shortcut_jax.published import PUBLISHED
+from shortcut_jax.parallel import sharding
+from shortcut_jax.weights.published import PUBLISHED
 from tests.sentences import assert_sentence
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -185,7 +187,7 @@ def evaluator(config, dataset):
     setup = run.prepare(config)
     params = state.init_params(setup.network, setup.image_shape, 0)
     shardings = sharding.shard_tree(params, setup.mesh)
-    return evaluation.Evaluator(setup, dataset, shardings), params
+    return measuring.Evaluator(setup, dataset, shardings), params
 
 
 def test_a_small_reference_is_refused_unless_asked_for(config, colours):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from shortcut_jax.image_sets import open_images
+from shortcut_jax.evaluation.image_sets import open_images
 from shortcut_jax.metrics import fid, gauges, inception, references
 from shortcut_jax.metrics import inception_weights as weights_lib
 from shortcut_jax.metrics.protocols import INCEPTION

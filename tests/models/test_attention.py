@@ -12,10 +12,11 @@ import pytest
 
 from configs import digits, imagenet
 from shortcut_jax import config as config_lib
-from shortcut_jax import run, state, topology
+from shortcut_jax import run, state
 from shortcut_jax.benchmarks import correct
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import attention
+from shortcut_jax.planning import topology
 from tests.sentences import assert_sentence
 
 # The Pallas kernel as it is, run by XLA.
@@ -88,7 +89,8 @@ def test_a_network_attends_with_the_kernel_it_names(monkeypatch):
 EIGHT = """
 import json
 import jax, jax.numpy as jnp, numpy as np
-from shortcut_jax import collectives, sharding
+from shortcut_jax.planning import collectives
+from shortcut_jax.parallel import sharding
 from shortcut_jax.models import attention
 from shortcut_jax.benchmarks.correct import draw_heads, exact_attention
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import autoencoder_weights as weights_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import autoencoder as lib
+from shortcut_jax.weights import autoencoder_weights as weights_lib
 from tests.golden import make_autoencoder as golden
 from tests.sentences import assert_sentence
 

@@ -1,4 +1,4 @@
-"""The training step as the compiler left it: for tests/test_meshes.py.
+"""The training step as the compiler left it: for tests/parallel/test_meshes.py.
 
 python -m tests.programs.compiled_steps OUT NAME=ARGUMENT[;KEY=VALUE...] ... writes OUT/NAME.txt,
 the compiled program of configs/digits.py:ARGUMENT, and OUT/NAME.json, its FLOPs on a device, by the
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from configs import digits
-from shortcut_jax import flops, run, sharding, state, train
+from shortcut_jax import run, state, train
+from shortcut_jax.parallel import sharding
+from shortcut_jax.planning import flops
 
 # DiT-S in small: 6 heads, an MLP of 4 times the width, as many modulations; tokens of 8x8 images.
 TINY_S = {"hidden_size": 96, "depth": 1, "num_heads": 6, "patch_size": 2, "mlp_ratio": 4.0}

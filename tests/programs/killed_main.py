@@ -13,7 +13,9 @@ import signal
 import threading
 from collections import Counter
 
-from shortcut_jax import checkpoint, config_flag, evaluation, main, sharding
+from shortcut_jax import checkpoint, config_flag, main
+from shortcut_jax.evaluation import measuring
+from shortcut_jax.parallel import sharding
 
 PHASE, COUNT, SECONDS = (os.environ.get("KILL") or "none:0:0").split(":")
 reached: Counter[str] = Counter()
@@ -34,5 +36,5 @@ def armed(phase, function):
 if __name__ == "__main__":
     sharding.to_global = armed("train", sharding.to_global)
     checkpoint.Checkpoints.save = armed("save", checkpoint.Checkpoints.save)
-    evaluation.Evaluator.run = armed("evaluate", evaluation.Evaluator.run)
+    measuring.Evaluator.run = armed("evaluate", measuring.Evaluator.run)
     config_flag.main(armed("start", main.main))

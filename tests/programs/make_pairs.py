@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shortcut_jax import pairs, pretrained, run, sharding
+from shortcut_jax import pairs, pretrained, run
+from shortcut_jax.parallel import sharding
 from tests.untrained_runs import small
 
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax import checkpoint, sharding
+from shortcut_jax import checkpoint
+from shortcut_jax.parallel import sharding
 
 
 def make_state():

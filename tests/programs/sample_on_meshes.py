@@ -1,4 +1,4 @@
-"""Samples with several meshes and batch sizes: for tests/test_evaluation.py.
+"""Samples with several meshes and batch sizes: for tests/evaluation/test_measuring.py.
 
 python -m tests.programs.sample_on_meshes OUT DATA,FSDP,BATCH_SIZE ... writes OUT/SPEC.npz for each:
   noise    float32 [n, H, W, C], where sampling starts from
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
-from shortcut_jax import data, evaluation, grid, run, sampling, sharding, state
+from shortcut_jax import data, run, sampling, state
+from shortcut_jax.evaluation import grid, measuring
+from shortcut_jax.parallel import sharding
 from tests.kept_samples import by_steps
 
 NUM_SAMPLES = 50  # a multiple of no batch size
@@ -55,7 +57,7 @@ def main(out: Path, specs: list[str]) -> None:
         mesh = sharding.make_mesh(data_axis, fsdp_axis)  # may leave devices out
         setup = run.build(config, mesh)
         shardings = sharding.shard_tree(params, mesh)
-        evaluator = evaluation.Evaluator(setup, dataset, shardings)
+        evaluator = measuring.Evaluator(setup, dataset, shardings)
         placed = jax.device_put(params, shardings)
         kept, sink = by_steps()
         cells = grid.cells(setup, grid.Grid(steps=(NUM_STEPS,)))

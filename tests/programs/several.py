@@ -1,4 +1,4 @@
-"""One of several processes that find each other and agree: for tests/test_distributed.py.
+"""One of several processes that find each other and agree: for tests/parallel/test_distributed.py.
 
 python -m tests.programs.several OUT --config=FILE ... does in turn what a run does together, and
 leaves as a preempted one does:
@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from shortcut_jax import checkpoint, config_flag, distributed, preemption, sharding
+from shortcut_jax import checkpoint, config_flag
 from shortcut_jax.errors import UserError
+from shortcut_jax.parallel import distributed, preemption, sharding
 from tests.programs.restore_on_meshes import make_state, place
 
 META = {"config": {}, "data": {"next_step": 3}, "clock": {}}

@@ -1,4 +1,4 @@
-"""Trains on several meshes of one process's devices: for tests/test_meshes.py.
+"""Trains on several meshes of one process's devices: for tests/parallel/test_meshes.py.
 
 python -m tests.programs.train_on_meshes OUT NAME=DATA,FSDP[;KEY=VALUE...] ... writes for each
 OUT/NAME/, the workdir, OUT/NAME.npz, the final parameters and EMA in the unrolled layout, and
@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import digits
-from shortcut_jax import layers, sharding, train
+from shortcut_jax import layers, train
+from shortcut_jax.parallel import sharding
 
 
 def small_config(data: int, fsdp: int, overrides: dict) -> ConfigDict:

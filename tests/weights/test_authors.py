@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import conversion, pretrained, restricted_pickle, run, sampling, state, train
+from shortcut_jax import pretrained, run, sampling, state, train
 from shortcut_jax.config_flag import load as load_config
 from shortcut_jax.errors import UserError
 from shortcut_jax.models.dit import DiT
-from shortcut_jax.weights import authors
+from shortcut_jax.weights import authors, conversion, restricted_pickle
 from shortcut_jax.weights.tables import Source, flatten, unflatten
 from tests.golden import philox
 from tests.sentences import assert_sentence, contents

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import digits
-from shortcut_jax import conversion, pretrained, run, sampling, state, torch_file
+from shortcut_jax import pretrained, run, sampling, state
 from shortcut_jax.errors import UserError
-from shortcut_jax.weights import dit_torch
+from shortcut_jax.weights import conversion, dit_torch, torch_file
 from tests.golden import export_cases
 from tests.sentences import assert_sentence, contents
 

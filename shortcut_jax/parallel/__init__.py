@@ -1,0 +1,1 @@
+"""Devices and processes: how arrays are laid out, and how processes agree, wait and leave."""

@@ -1,0 +1,1 @@
+"""What a step needs on machines that are not here: memory, FLOPs, messages, money."""

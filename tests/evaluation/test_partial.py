@@ -1,0 +1,130 @@
+"""A killed evaluation goes on at the batch it reached, with the same bits."""
+
+import numpy as np
+import pytest
+
+from configs import digits
+from shortcut_jax import metrics, run, state
+from shortcut_jax.data.sources import Dataset
+from shortcut_jax.evaluation import grid, measuring, partial
+from shortcut_jax.parallel import sharding
+from tests.evaluation.test_measuring import MeanPixels
+from tests.kept_samples import Kept
+
+CELLS = [grid.Cell("ema", 1.0, n) for n in (1, 2)]
+
+
+class Killed(BaseException):
+    """As sudden as a signal."""
+
+
+@pytest.fixture(scope="module")
+def setup():
+    config = digits.get_config("small")
+    config.eval.update(num_samples=23, batch_size=4, metrics=("fd_digits",), grid_rows=6)
+    return run.prepare(config)
+
+
+@pytest.fixture
+def evaluate(setup, monkeypatch):
+    """evaluate(folder, ...): records and pictures of 23 samples in batches of 4, and what the
+    extractor saw of them."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
+    dataset = Dataset(
+        name="toy", split="train", image_shape=(8, 8, 1), num_classes=10, size=len(images),
+        fingerprint="f", read=lambda i: {"image": images[i]},
+    )  # fmt: skip
+    params = state.init_params(setup.network, setup.image_shape, 0)
+    shardings = sharding.shard_tree(params, setup.mesh)
+    monkeypatch.setattr(partial, "SHARE", 1e9)  # store after every batch
+
+    def evaluate(folder, killed_after=None, sink=None, **identity):
+        extractor = MeanPixels()
+        monkeypatch.setattr(metrics, "load_extractor", lambda *_: extractor)
+        evaluator = measuring.Evaluator(setup, dataset, shardings)
+        evaluator.compared_with()
+        extractor.seen.clear()
+        if killed_after is not None:
+            extractor.outputs = dying(extractor.outputs, killed_after)
+        sinks = (lambda cell: sink) if sink else None
+        found = evaluator.run(params, 3, CELLS, partial=folder, identity=identity, sink=sinks)
+        return found, sum(extractor.seen)
+
+    return evaluate
+
+
+def dying(outputs, calls):
+    left = iter(range(calls))
+
+    def once_more(images):
+        if next(left, None) is None:
+            raise Killed
+        return outputs(images)
+
+    return once_more
+
+
+def assert_same(found, expected):
+    assert found.records == expected.records
+    assert found.samples.keys() == expected.samples.keys()
+    for cell, images in found.samples.items():
+        assert len(images) == 6
+        np.testing.assert_array_equal(images, expected.samples[cell])
+
+
+@pytest.mark.parametrize(("batches", "again"), [(0, 12), (1, 11), (5, 7), (6, 6), (8, 4), (11, 1)])
+def test_it_goes_on_where_it_was(evaluate, tmp_path, batches, again):
+    expected, seen = evaluate(None)
+    assert seen == 2 * 24  # 6 batches of 4 for each cell
+    with pytest.raises(Killed):
+        evaluate(tmp_path, killed_after=batches)
+    found, seen = evaluate(tmp_path)
+    assert seen == 4 * again
+    assert_same(found, expected)
+
+
+def test_what_is_done_is_not_done_again(evaluate, tmp_path):
+    expected, _ = evaluate(tmp_path)
+    found, seen = evaluate(tmp_path)
+    assert seen == 0
+    assert_same(found, expected)
+
+
+def test_another_checkpoint_or_config_starts_anew(evaluate, setup, tmp_path):
+    evaluate(tmp_path, checkpoint=1)
+    assert evaluate(tmp_path, checkpoint=2)[1] == 48
+    with setup.config.unlocked():
+        setup.config.eval.seed = 1
+    try:
+        assert evaluate(tmp_path, checkpoint=1)[1] == 48
+    finally:
+        setup.config.eval.seed = 0
+
+
+def test_a_sink_that_lost_its_samples_gets_all_of_them(evaluate, tmp_path):
+    with pytest.raises(Killed):
+        evaluate(tmp_path, killed_after=3, sink=Kept())
+    fresh = Kept()
+    with pytest.raises(Killed):
+        evaluate(tmp_path, killed_after=6, sink=fresh)
+    assert len(fresh.images) == 23
+
+
+def test_storing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(partial.time, "monotonic", lambda: now)
+    store = partial.Partial(tmp_path, {"a": 1})
+    writes = []
+
+    def savez(file, **arrays):
+        nonlocal now
+        writes.append(now)
+        now += 2.0  # seconds that it takes
+
+    monkeypatch.setattr(partial.np, "savez", savez)
+    for _ in range(1000):
+        now += 1.0
+        store.store({"next": np.zeros(1)})
+    assert len(writes) == 5 and np.diff(writes).min() >= 2 / partial.SHARE
+    store.store({}, now=True)
+    assert len(writes) == 6

@@ -1,0 +1,49 @@
+"""planning/flops.py, beside numbers worked out by hand; XLA's own count is in test_meshes.py."""
+
+import pytest
+
+from configs import imagenet
+from shortcut_jax.planning import flops
+
+LATENTS = (32, 32, 4)
+
+
+def test_a_row_of_dit_b_is_what_its_products_add_up_to():
+    t, h = 256, 768
+    block = 24 * t * h**2 + 4 * t**2 * h + 12 * h**2
+    ends = 2 * (2 * t * 16 * h)
+    embeddings = 2 * (2 * 256 * h + 2 * h**2)
+    by_hand = 12 * block + ends + embeddings + 4 * h**2
+    found = flops.forward(imagenet.get_config("b").model, LATENTS)
+    assert found == by_hand == pytest.approx(46.0e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "gflop"),
+    # Table 4 of DiT (Peebles & Xie 2023) counts a multiply-add once: 23.0 and 118.6.
+    [("b", 2 * 23.0), ("xl", 2 * 118.6)],
+)
+def test_a_row_is_what_the_paper_of_dit_says(argument, gflop):
+    found = flops.forward(imagenet.get_config(argument).model, LATENTS)
+    assert found == pytest.approx(gflop * 1e9, rel=0.01)
+
+
+def test_attention_is_its_share_of_a_block():
+    model = imagenet.get_config("b").model
+    block = 256 / (6 * 768 + 256)  # 4 T^2 h of 24 T h^2 + 4 T^2 h
+    assert flops.attention_share(model, LATENTS) == pytest.approx(block, rel=0.01)
+
+
+def test_a_step_without_guidance_is_three_and_a_half_passes():
+    config = imagenet.get_config("b")
+    config.objective.cfg_scale = 1.0
+    row = flops.forward(config.model, LATENTS)
+    assert flops.train_step(config, LATENTS) == 3.5 * 256 * row  # 1/4 of the rows bootstrap
+
+
+def test_guidance_adds_the_rows_without_a_label():
+    config = imagenet.get_config("b")
+    plain, guided = config.copy_and_resolve_references(), config.copy_and_resolve_references()
+    plain.objective.cfg_scale = 1.0
+    ratio = flops.train_step(guided, LATENTS) / flops.train_step(plain, LATENTS)
+    assert 1 < ratio <= 4 / 3.5
