@@ -9,12 +9,12 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from shortcut_jax.closing import Closing
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import write_atomically
 
@@ -205,7 +205,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
-class MetricLogger:
+class MetricLogger(Closing):
     """Sends metrics to `metrics.jsonl` and `tensorboard/` in the workdir, and to the log.
 
     Args:
@@ -276,14 +276,3 @@ class MetricLogger:
             self._jsonl.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-
-    def __enter__(self) -> "MetricLogger":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,10 +9,10 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from shortcut_jax.benchmarks.timing import Took
+from shortcut_jax.closing import Closing
 from shortcut_jax.errors import UserError
 
 FOLDER = Path(__file__).with_name("peers")
@@ -30,7 +30,7 @@ def check_backend(torch_python: str) -> None:
         )
 
 
-class Peer:
+class Peer(Closing):
     """A program of `peers/`; to be used with `with`, which ends it.
 
     Attributes:
@@ -93,17 +93,6 @@ class Peer:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
-
-    def __enter__(self) -> "Peer":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -11,12 +11,12 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import grain
 import numpy as np
 
+from shortcut_jax.closing import Closing
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.data.workers import Workers
 from shortcut_jax.errors import UserError
@@ -24,7 +24,7 @@ from shortcut_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-class Batches(Iterator[dict[str, Any]]):
+class Batches(Closing, Iterator[dict[str, Any]]):
     """The batches of a run in order; `close` (or leaving its `with`) ends threads and processes."""
 
     def __init__(self, iterator: grain.DatasetIterator[Batch], workers: Workers | None) -> None:
@@ -38,17 +38,6 @@ class Batches(Iterator[dict[str, Any]]):
         self._iterator.close()
         if self._workers is not None:
             self._workers.close()
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def random_bits(seed: int, stream: str, index: int, count: int) -> np.ndarray:
