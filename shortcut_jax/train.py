@@ -66,6 +66,7 @@ def make_train_step(
     """
 
     apply = state.apply_fn(network)
+    apply_to_own = state.apply_fn(network.clone(rows=None))  # within one device
 
     def train_step(old: TrainState, batch: Batch) -> TrainState:
         draw = rng.draws(config.seed, "train", old.step)
@@ -83,14 +84,15 @@ def make_train_step(
         targets, scalars = objective.targets(draw, batch, velocities, progress, num_shards)
         pixels = targets.target[0].size
 
-        def loss_fn(params, rows):
-            prediction = apply(params, rows.x_t, rows.t, rows.d, rows.labels)
+        def loss_fn(params, rows, own):
+            predict = apply_to_own if own else apply
+            prediction = predict(params, rows.x_t, rows.t, rows.d, rows.labels)
             row_loss = jnp.mean((prediction - rows.target) ** 2, axis=(1, 2, 3))  # [B]
             adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss) * pixels)
             return jnp.mean(rows.weight * adaptive * row_loss), row_loss
 
         (loss, row_loss), grads = accumulation.value_and_grad(
-            loss_fn, old.params, targets, config.accumulation_steps, num_shards
+            loss_fn, old.params, targets, config.accumulation_steps, network.rows
         )
         updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
         params = optax.apply_updates(old.params, updates)
