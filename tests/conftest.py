@@ -1,10 +1,13 @@
 """Settings every test shares, and a way to run Python in a process of its own."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +93,26 @@ def run_python() -> RunPython:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_quickly(run_python: RunPython) -> RunPython:
+    """`run_python` with programs that compile in less time and run in more.
+
+    For tests that compare no number with one of a program that was compiled otherwise.
+    """
+    return functools.partial(run_python, env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"})
+
+
+@pytest.fixture(scope="session")
+def in_turn(run_quickly: RunPython) -> Callable[..., list[dict[str, Any]]]:
+    """`in_turn("eval", [argument, ...], ...)`: of each call of shortcut_jax.eval in one process its
+    `status`, `out` and `error`, the sentence."""
+
+    def calls(module: str, *commands: Sequence[object]) -> list[dict[str, Any]]:
+        arguments = json.dumps([[str(word) for word in command] for command in commands])
+        done = run_quickly(["-m", "tests.programs.in_turn", module, arguments], timeout=280)
+        assert done.returncode == 0
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return calls

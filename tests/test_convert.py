@@ -152,19 +152,6 @@ def test_an_export_that_was_spoilt(folder, tmp_path, spoil, fragments):
 # ------------------------------------------------------------------ the command
 
 
-@pytest.fixture(scope="module")
-def convert(run_python):
-    """convert(argvs): status, stdout and error of each command, in one process for all."""
-
-    def convert(argvs):
-        words = [[str(word) for word in argv] for argv in argvs]
-        done = run_python(["-m", "tests.programs.convert_in_turn", json.dumps(words)])
-        assert done.returncode == 0
-        return json.loads(done.stdout)
-
-    return convert
-
-
 @pytest.fixture
 def theirs(tmp_path):
     """The file of the authors' code, and the flags that say what it is."""
@@ -175,18 +162,17 @@ def theirs(tmp_path):
     return path, ["--config=configs/digits.py:authors_code", *sizes, "--config.model.depth=1"]
 
 
-def test_the_commands_of_the_documentation(theirs, convert, run_python, tmp_path):
+def test_the_commands_of_the_documentation(theirs, in_turn, run_python, tmp_path):
     path, flags = theirs
     out = tmp_path / "out"
-    done = convert(
-        [
-            ["authors", path, f"--out={out}", *flags],
-            ["export", out, "--out", tmp_path / "exported", "--params=online", "--step=400000"],
-            ["import", tmp_path / "exported", f"--out={tmp_path}/again"],
-        ]
+    done = in_turn(
+        "convert",
+        ["authors", path, f"--out={out}", *flags],
+        ["export", out, "--out", tmp_path / "exported", "--params=online", "--step=400000"],
+        ["import", tmp_path / "exported", f"--out={tmp_path}/again"],
     )
-    assert [status for status, _, _ in done] == [0, 0, 0], done
-    assert f"--config.init_from={out}" in done[0][1] and "model.safetensors" in done[1][1]
+    assert [call["status"] for call in done] == [0, 0, 0], done
+    assert f"--config.init_from={out}" in done[0]["out"] and "model.safetensors" in done[1]["out"]
     assert checkpoint.Checkpoints(tmp_path / "again", keep=1, read_only=True).steps() == [400_000]
     assert run.restore_config(tmp_path / "again").model.step_embedding == "log2"
     assert_equal(params_of(tmp_path / "again")[1], params_of(out, which="online")[1])
@@ -213,16 +199,14 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_a_wrong_command_is_one_sentence(convert, tmp_path):
-    argvs = [
+def test_a_wrong_command_is_one_sentence(in_turn, tmp_path):
+    commands = [
         [w.replace("OUT", str(tmp_path / "out")) for w in words] for words, _ in WRONG.values()
     ]
-    for (status, stdout, error), (case, (_, fragments)) in zip(
-        convert(argvs), WRONG.items(), strict=True
-    ):
-        assert (status, stdout) == (2, ""), case
-        assert error.startswith("error: "), case
-        assert_sentence(error, fragments)
+    found = in_turn("convert", *commands)
+    for call, (case, (_, fragments)) in zip(found, WRONG.items(), strict=True):
+        assert (call["status"], call["out"]) == (2, ""), case
+        assert_sentence(call["error"], fragments)
     assert not contents(tmp_path)
 
 

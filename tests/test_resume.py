@@ -35,6 +35,8 @@ MESHES = {  # name -> devices, flags
     "data_parallel": (8, ("--config.mesh.data=8",)),
     "fully_sharded": (8, ("--config.mesh.data=1", "--config.mesh.fsdp=8")),
 }
+# Another mesh of as many devices takes the same code.
+QUICKLY = ("one_device", pytest.param("data_parallel", marks=pytest.mark.slow), "fully_sharded")
 # Half of the time to compile; what is added to what in which order does not change.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={}"
 
@@ -128,7 +130,7 @@ def assert_same_arrays(a, b):
 # ------------------------------------------------------------------ killed between checkpoints
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", QUICKLY)
 def test_state_is_bit_identical(runs, mesh):
     one = read_state(runs.uninterrupted(mesh), TOTAL)
     workdir, _, log = runs.resumed(mesh)
@@ -144,7 +146,7 @@ def test_state_is_bit_identical(runs, mesh):
     assert not any(name.startswith(("params/", "ema/", "averages/")) for name in still)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", QUICKLY)
 def test_snapshots_are_bit_identical(runs, mesh):
     """None is lost or doubled, though the killed process had one that is later than its save."""
     one, (workdir, _, log) = runs.uninterrupted(mesh), runs.resumed(mesh)
@@ -160,7 +162,7 @@ def test_snapshots_are_bit_identical(runs, mesh):
     assert_same_arrays({name: last[name] for name in found}, found)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", QUICKLY)
 def test_metrics_are_identical(runs, mesh):
     expected = read_lines(runs.uninterrupted(mesh) / "metrics.jsonl")
     workdir, (left, _), _ = runs.resumed(mesh)
@@ -170,7 +172,7 @@ def test_metrics_are_identical(runs, mesh):
     assert [line["step"] for line in expected] == [3, 6, 9, 12]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", QUICKLY)
 def test_batches_are_those_of_the_uninterrupted_run(runs, mesh):
     expected = read_batches(runs.uninterrupted(mesh))
     workdir, (_, left), _ = runs.resumed(mesh)

@@ -1,7 +1,5 @@
 """python -m shortcut_jax.sample, as a process: what it prints, writes and refuses."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,22 +8,6 @@ from shortcut_jax import pictures, sampling
 from tests.sentences import assert_sentence
 
 CONFIG = "--config=configs/digits.py:small"
-
-# Lists of flags one after the other in one process, a line of output for each.
-REFUSE = """
-import json, sys
-from absl import flags
-from absl.testing import flagsaver
-from shortcut_jax import sample
-from shortcut_jax.errors import UserError
-for arguments in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["sample", *arguments])
-        try:
-            sample.main()
-        except UserError as error:
-            print(json.dumps(str(error)))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +108,7 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def refused(run_python, workdir, tmp_path_factory):
+def refused(in_turn, workdir, tmp_path_factory):
     """Sentence for each list of flags in WRONG."""
     folder = tmp_path_factory.mktemp("out")
     (folder / "file").write_text("")
@@ -134,12 +116,10 @@ def refused(run_python, workdir, tmp_path_factory):
         [f"--workdir={workdir}", f"--out={folder}/s.png", *(f.format(folder) for f in flags)]
         for flags, _ in WRONG
     ]
-    done = run_python(["-c", REFUSE, json.dumps(lists)])
-    assert done.returncode == 0
-    sentences = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(sentences) == len(WRONG), "one was not refused, or not before sampling"
-    assert [path.name for path in folder.iterdir()] == ["file"]
-    return sentences
+    done = in_turn("sample", *lists)
+    assert [call["status"] for call in done] == [2] * len(WRONG)
+    assert [path.name for path in folder.iterdir()] == ["file"]  # refused before sampling
+    return [call["error"] for call in done]
 
 
 WRONG = [

@@ -178,7 +178,9 @@ def test_other_teachers_stay(flow, consistency, reflow):
 
 
 # At the end of a stage: the teacher that the next step promotes is not yet in the checkpoint.
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize(
+    "step", [3, 4, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 6))]
+)
 def test_progressive_distillation_resumes_without_its_first_teacher(progressive, tmp_path, step):
     assert not Path(progressive.config.teacher).exists()
     workdir = progressive.as_if_killed_after(step, tmp_path / "copy")

@@ -155,16 +155,14 @@ def test_values_are_gathered_over_seeds():
 SMALL = "--config=configs/digits.py:small"
 LONGER = "--config.total_steps=24"  # the student of half of 8 would have fewer steps than stages
 ROWS = "flow_matching,progressive_distillation"
-# Most of the time goes to compiling, and no number here is compared with one compiled otherwise.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 @pytest.fixture(scope="module")
-def table(run_python, tmp_path_factory):
+def table(run_quickly, tmp_path_factory):
     """Workdir and output of a table with a teacher, two rows and two seeds."""
     workdir = tmp_path_factory.mktemp("table")
     flags = [SMALL, LONGER, f"--workdir={workdir}", f"--rows={ROWS}", "--seeds=2"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags], QUICK, timeout=300)
+    done = run_quickly(["-m", "shortcut_jax.table1", *flags], timeout=300)
     assert done.returncode == 0
     return workdir, done.stdout
 
@@ -198,7 +196,7 @@ def test_the_command_writes_table_numbers_and_pictures(table):
     assert values[0] != values[1]
 
 
-def test_started_again_it_does_what_is_missing_alone(table, run_python, tmp_path):
+def test_started_again_it_does_what_is_missing_alone(table, run_quickly, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(table[0], workdir)
     kept, redone = (workdir / f"seed_{s}/flow_matching/{experiment.RESULT}" for s in (0, 1))
@@ -206,24 +204,12 @@ def test_started_again_it_does_what_is_missing_alone(table, run_python, tmp_path
     redone.unlink()
     (workdir / "table1.json").unlink()
     flags = [SMALL, LONGER, f"--workdir={workdir}", "--rows=flow_matching", "--seeds=2"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags], QUICK)
+    done = run_quickly(["-m", "shortcut_jax.table1", *flags])
     assert done.returncode == 0 and "Compiled the step" not in done.stderr  # nothing was trained
     assert kept.stat().st_mtime_ns == stamp
     assert json.loads(redone.read_text())["records"] == before["records"]
     old, new = (json.loads((w / "table1.json").read_text()) for w in (table[0], workdir))
     assert new["metrics"] == old["metrics"]
-
-
-def test_another_config_in_the_same_workdir_is_refused(table, run_python):
-    flags = [SMALL, LONGER, f"--workdir={table[0]}", "--rows=flow_matching"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags, "--config.optimizer.lr=1e-3"])
-    assert done.returncode == 2 and "optimizer.lr: 0.004 -> 0.001" in done.stderr
-
-
-def test_a_teacher_of_another_budget_is_refused(table, run_python):
-    flags = [SMALL, LONGER, f"--workdir={table[0]}", "--rows=progressive_distillation"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags, "--teacher_share=0.4"], timeout=280)
-    assert done.returncode == 2 and "past total_steps=12" in done.stderr
 
 
 def test_rows_measured_otherwise_are_left_out(table):
@@ -233,45 +219,64 @@ def test_rows_measured_otherwise_are_left_out(table):
     assert experiment.results(table[0], config) == []
 
 
-@pytest.mark.parametrize("command", [["table1", "--rows=shortcut"], ["comparison.ablations"]])
-def test_nothing_to_compare(run_python, tmp_path, command):
-    flags = [*command[1:], SMALL, f"--workdir={tmp_path}", "--config.eval.metrics=()"]
-    done = run_python(["-m", f"shortcut_jax.{command[0]}", *flags])
-    assert done.returncode == 2 and "error: eval.metrics is empty" in done.stderr
-
-
-def test_every_row_is_checked_before_any_is_trained(run_python, tmp_path):
-    flags = [SMALL, f"--workdir={tmp_path}", f"--rows={ROWS}"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags])
-    assert done.returncode == 2 and "total_steps=3 is less than the 7 stages" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_report_of_several_tables(table, run_python, tmp_path):
+def test_report_of_several_tables(table, run_quickly, tmp_path):
     out, path = tmp_path / "results.md", table[0] / "table1.json"
     flags = [f"--tables={path},{path}", f"--out={out}"]
-    done = run_python(["-m", "shortcut_jax.comparison.results", *flags])
+    done = run_quickly(["-m", "shortcut_jax.comparison.results", *flags])
     assert done.returncode == 0
     assert out.read_text().count((table[0] / "table1.md").read_text().strip()) == 2
 
 
-def test_a_row_that_there_is_not(run_python, tmp_path):
-    flags = [SMALL, f"--workdir={tmp_path}", "--rows=shortcut,gan"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags])
-    assert done.returncode == 2 and "holds gan; expected some of" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+# name -> flags and what the sentence says
+WRONG = {
+    "another config": (
+        [LONGER, "--rows=flow_matching", "--config.optimizer.lr=1e-3"],
+        "optimizer.lr: 0.004 -> 0.001",
+    ),
+    "a teacher of another budget": (
+        [LONGER, "--rows=progressive_distillation", "--teacher_share=0.4"], "past total_steps=12",
+    ),
+    "nothing to compare": (
+        ["--rows=shortcut", "--config.eval.metrics=()"], "eval.metrics is empty",
+    ),
+    # Every row is checked before any is trained.
+    "a row that cannot be trained": ([f"--rows={ROWS}"], "total_steps=3 is less than the 7 stages"),
+    "no row of that name": (["--rows=shortcut,gan"], "holds gan; expected some of"),
+}  # fmt: skip
+ON_THE_TABLE = ("another config", "a teacher of another budget")
 
 
-def test_dry_run_of_the_table_writes_nothing(run_python, tmp_path):
-    flags = [SMALL, LONGER, f"--workdir={tmp_path}", "--dry_run"]
-    done = run_python(["-m", "shortcut_jax.table1", *flags])
-    assert done.returncode == 0 and "mean_flow" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture(scope="module")
+def called(table, in_turn, tmp_path_factory):
+    """name in WRONG, or "dry run" -> what a call found; and the folder of those that write none."""
+    folder = tmp_path_factory.mktemp("none")
+    calls = {name: flags for name, (flags, _) in WRONG.items()} | {"dry run": [LONGER, "--dry_run"]}
+    workdirs = {name: table[0] if name in ON_THE_TABLE else folder for name in calls}
+    commands = [[SMALL, f"--workdir={workdirs[name]}", *flags] for name, flags in calls.items()]
+    return dict(zip(calls, in_turn("table1", *commands), strict=True)), folder
 
 
-def test_ablations(run_python, tmp_path):
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_compared_is_refused(called, name):
+    assert called[0][name]["status"] == 2
+    assert WRONG[name][1] in called[0][name]["error"]
+
+
+def test_a_dry_run_prints_and_nothing_refused_writes(called):
+    answers, folder = called
+    assert answers["dry run"]["status"] == 0 and "mean_flow" in answers["dry run"]["out"]
+    assert list(folder.iterdir()) == []
+
+
+def test_ablations_without_metrics(run_quickly, tmp_path):
+    flags = [SMALL, f"--workdir={tmp_path}", "--config.eval.metrics=()"]
+    done = run_quickly(["-m", "shortcut_jax.comparison.ablations", *flags])
+    assert done.returncode == 2 and "error: eval.metrics is empty" in done.stderr
+
+
+def test_ablations(run_quickly, tmp_path):
     flags = [SMALL, f"--workdir={tmp_path}", "--only=default,online_targets"]
-    done = run_python(["-m", "shortcut_jax.comparison.ablations", *flags], QUICK, timeout=300)
+    done = run_quickly(["-m", "shortcut_jax.comparison.ablations", *flags], timeout=300)
     assert done.returncode == 0
     assert "| `online_targets` (1) |" in done.stdout
     found = json.loads((tmp_path / "ablations.json").read_text())

@@ -1,5 +1,6 @@
 """The verbs of the evaluation binary, as commands on a small trained run."""
 
+import functools
 import json
 
 import numpy as np
@@ -13,24 +14,17 @@ FEW = "--config.eval.num_samples=50"
 
 
 @pytest.fixture(scope="module")
-def evaluate(run_python):
-    """evaluate([arguments, ...]): what tests/programs/evaluate.py found, one for each call."""
-
-    def calls(*commands):
-        args = ["-m", "tests.programs.evaluate", json.dumps([list(map(str, c)) for c in commands])]
-        done = run_python(args, timeout=280)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return calls
+def evaluate(in_turn):
+    """evaluate([argument, ...], ...): what calls of the evaluation binary found."""
+    return functools.partial(in_turn, "eval")
 
 
 @pytest.fixture(scope="module")
-def workdir(run_python, tmp_path_factory):
+def workdir(run_quickly, tmp_path_factory):
     """Of a run of 8 steps with checkpoints 4 and 8, which dropped labels in training."""
     folder = tmp_path_factory.mktemp("verbs") / "run"
     flags = [SMALL, f"--workdir={folder}", "--config.eval.every=0"]
-    assert run_python(["-m", "shortcut_jax.main", *flags, *OWN]).returncode == 0
+    assert run_quickly(["-m", "shortcut_jax.main", *flags, *OWN]).returncode == 0
     return folder
 
 
