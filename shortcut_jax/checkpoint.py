@@ -1,11 +1,14 @@
 """Checkpoints: train state, data position and clock, written by orbax.
 
 Saves are asynchronous and atomic: a step becomes visible by the renaming of its finished directory,
-so a kill during a save leaves the previous one in place. EMA parameters can be read alone, on any
+so a kill during a save leaves the previous one in place. What the next update changes in place is
+copied first: on the devices, which the host does not wait for, or to the host, which it does. EMA parameters can be read alone, on any
 mesh, for evaluation. Checksums of all arrays are saved beside them and compared with what is read.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -21,6 +25,16 @@ from shortcut_jax import checksums, layers
 from shortcut_jax.errors import UserError
 
 CHECKSUMS = "checksums"  # in the JSON part: of every array, and of the rest of that part
+
+# One thread for all folders. What orbax begins it counts per process, so that two at once would mix
+# up; and several processes meet in each save, so that all must begin them in the order of the calls.
+_WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: each question counts for all that ask, and `preemption.Notice` counts its own."""
+        return False
 
 
 class Checkpoints:
@@ -31,6 +45,8 @@ class Checkpoints:
       keep: how many of the newest to keep; None keeps all.
       read_only: for evaluation beside a run: creates and removes nothing.
       folder: of the workdir, if they are others than those a run resumes from.
+      copy: where a save copies the arrays to before it returns. "host" waits for that. "device" does
+        not, and takes memory for what is saved once more, on the devices, until the host has it.
 
     Raises:
       UserError: the folder is a file.
@@ -43,6 +59,7 @@ class Checkpoints:
         keep: int | None,
         read_only: bool = False,
         folder: str = "checkpoints",
+        copy: str = "host",
     ):
         self.directory = Path(workdir).absolute() / folder
         self._noun = folder.removesuffix("s")
@@ -51,22 +68,34 @@ class Checkpoints:
                 f"{self.directory} is a file; expected the folder of the {folder}: move it away."
             )
         self._report_unfinished()
-        self._manager = ocp.CheckpointManager(
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._copy = copy
+        self._begun: concurrent.futures.Future[None] | None = None  # the save before
+        several = jax.process_count() > 1
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                create=not read_only,
+                create=False,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
+                # With the processes named, they meet at jax.distributed's barriers, which a thread
+                # may use; else in a collective on all devices, which steps would get between.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(jax.process_count())) if several else None,
+                    barrier_sync_key_prefix=folder,
+                ),
             ),
         )
 
     def latest(self) -> int | None:
-        """Step of the newest finished checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest finished checkpoint, or None; waits as `steps` does."""
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Steps of all finished checkpoints."""
+        """Steps of all finished checkpoints; waits for one being written (UserError if it fails)."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def choose(self, step: int | None, name: str = "step") -> int:
@@ -89,7 +118,7 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Starts writing; returns when the device arrays have been copied and may be donated.
+        """Starts writing; returns when the arrays may be donated. Waits for the save before.
 
         Args:
           step: number of updates done.
@@ -97,30 +126,49 @@ class Checkpoints:
           meta: JSON data: data position, clock, config.
 
         Raises:
-          UserError: this save or the one before it failed.
+          UserError: there is a later one, or the save before failed; if arrays are copied to the
+            host, or the devices cannot begin to copy them, this one.
         """
         meta = json.loads(json.dumps(dict(meta)))
-        sums = {"arrays": checksums.of_arrays(dict(state)), "rest": checksums.of_json(meta)}
-        with self._failing():
-            began = self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(dict(state)),
-                    meta=ocp.args.JsonSave({**meta, CHECKSUMS: sums}),
-                ),
-            )
-        if not began:
+        latest = self.latest()
+        if latest is not None and latest >= step:
             raise UserError(
                 f"checkpoint {step} was not written, because {self.directory} holds the later "
-                f"{self.latest()}; expected none: another run may be writing there, end one of "
-                "them."
+                f"{latest}; expected none: another run may be writing there, end one of them."
             )
+        with self._failing():
+            arrays = dict(state) if self._copy == "host" else _copied(dict(state))
+            # Of the copies: the next step waits for what reads its own arrays.
+            sums = checksums.dispatch(arrays)
+            if jax.process_count() > 1 and jax.default_backend() == "cpu":
+                # What gloo exchanges for two programs at once gets mixed up.
+                jax.block_until_ready(sums)
+            self._begun = _WRITER.submit(self._write, step, arrays, sums, meta)
+            if self._copy == "host":
+                self._begun.result()
+
+    def _write(
+        self, step: int, arrays: dict[str, Any], sums: jax.Array, meta: dict[str, Any]
+    ) -> None:
+        """Returns when the host has the arrays; orbax writes them in threads of its own."""
+        found = {"arrays": checksums.named(arrays, sums), "rest": checksums.of_json(meta)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(arrays),
+                meta=ocp.args.JsonSave({**meta, CHECKSUMS: found}),
+            ),
+            force=True,  # whether to save is not for orbax to decide
+        )
 
     def check(self) -> None:
         """Raises UserError if a save that was begun has failed meanwhile; does not wait."""
-        # (The manager's own `check_for_errors` knows nothing of a save that has ended.)
-        if not self._manager.is_saving_in_progress():
-            self.wait()
+        if self._begun is not None and self._begun.done():
+            with self._failing():
+                self._begun.result()
+            # (The manager's own `check_for_errors` knows nothing of a save that has ended.)
+            if not self._manager.is_saving_in_progress():
+                self.wait()
 
     def drop_after(self, step: int) -> list[int]:
         """Removes those of later steps; returns which these were."""
@@ -215,10 +263,14 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when nothing is being written; UserError if that failed."""
         with self._failing():
+            begun, self._begun = self._begun, None
+            if begun is not None:
+                begun.result()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases the manager; UserError if what was being written failed."""
+        self.wait()
         with self._failing():
             self._manager.close()
 
@@ -228,8 +280,14 @@ class Checkpoints:
             yield
         # What orbax and tensorstore raise for full or absent disks is not documented.
         except (OSError, ValueError, RuntimeError) as error:
-            steps = self.steps()
-            kept = f"the newest whole one is {steps[-1]}" if steps else "none was saved before"
+            steps = self._manager.all_steps()
+            kept = f"the newest whole one is {max(steps)}" if steps else "none was saved before"
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise UserError(
+                    f"a checkpoint could not be copied on the devices ({_shortened(error)}), "
+                    f"{kept}; expected memory for what is saved once more: set "
+                    "--config.checkpoint.copy=host and start again to continue from there."
+                ) from error
             raise UserError(
                 f"a checkpoint could not be written to {self.directory} ({_shortened(error)}), "
                 f"{kept}; expected room and permission: make room or mend the disk, and start "
@@ -261,6 +319,17 @@ class Checkpoints:
                 self._noun.capitalize(),
                 path.name.partition(".")[0],
             )
+
+
+def _copied(tree: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the arrays where they lie; returns at once, and the arrays may be donated."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(_copies(leaves, tuple(leaf.sharding for leaf in leaves)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copies(leaves: list[jax.Array], shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
+    return jax.lax.with_sharding_constraint([jnp.copy(leaf) for leaf in leaves], list(shardings))
 
 
 def _shortened(error: BaseException | str) -> str:

@@ -24,10 +24,19 @@ def of_arrays(tree: Any) -> dict[str, int]:
     Args:
       tree: of arrays with up to 7 axes, whose items have 1, 2 or 4 bytes.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_checksums([leaf for _, leaf in leaves]))
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
-    return {name: int(found) for name, found in zip(names, sums, strict=True)}
+    return named(tree, dispatch(tree))
+
+
+def dispatch(tree: Any) -> jax.Array:
+    """The checksums of the leaves, uint32 [leaves], when the devices get to them; see `named`."""
+    return _checksums(jax.tree.leaves(tree))
+
+
+def named(tree: Any, sums: jax.Array) -> dict[str, int]:
+    """What `of_arrays` gives, of what `dispatch` gave for a tree; waits for the devices."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path in paths)
+    return {name: int(found) for name, found in zip(names, np.asarray(sums), strict=True)}
 
 
 def of_json(value: Mapping[str, Any]) -> str:

@@ -74,7 +74,11 @@ def default() -> ConfigDict:
                 "on_nonfinite": "stop",  # stop | skip: what a non-finite loss or gradient does
             },
             "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes the rest
-            "checkpoint": {"every": 10_000, "keep": 3},
+            "checkpoint": {
+                "every": 10_000,
+                "keep": 3,
+                "copy": "device",  # device | host: steps wait for that; docs/host.md
+            },
             "log": {"every": 100, "tensorboard": True},
             "eval": {
                 "every": 20_000,  # in-loop, 0 = never; the evaluation binary ignores it

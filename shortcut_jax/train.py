@@ -172,7 +172,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         run.claim_workdir(config, workdir)
     distributed.agree({"fingerprint of the data": train_data.fingerprint, **setup.space.record()})
     distributed.check_shared(workdir, "config.json")
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.checkpoint.keep)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, keep=config.checkpoint.keep, copy=config.checkpoint.copy
+    )
     if objective.teacher == "pairs":
         assert origins.teacher is not None  # `pretrained.find` has refused a config without one
         with clock.phase("pairs"):

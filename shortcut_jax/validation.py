@@ -156,6 +156,7 @@ _PROBABILITIES = ("objective.class_dropout",)
 _SEEDS = ("seed", "eval.seed")
 _CHOICES = {
     "autoencoder.kind": tuple(ARCHITECTURES),
+    "checkpoint.copy": ("device", "host"),
     "data.crop": tuple(CROPS),
     "model.attention_scale": ("sqrt", "linear"),
     "model.attention": (attention.AUTO, *attention.KERNELS),

@@ -1,8 +1,13 @@
-"""Checkpoints of a train state: how long a save holds up the steps, is being written, and is read.
+"""Checkpoints of a train state: what a save costs the steps, and how long writing and reading take.
 
-They lie in a temporary folder ($TMPDIR): a disk of this machine, not the storage of a pod.
+They lie in a temporary folder ($TMPDIR): a disk of this machine, not the storage of a pod. On a CPU
+copies, checksums and writing take from the steps the cores that they run on; so what counts is not
+how soon `save` returns, but what steps take with a save in their middle beside as many without.
 """
 
+import functools
+import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,67 +15,96 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
+from configs import digits
 from shortcut_jax import checkpoint, state
-from shortcut_jax.benchmarks import Measurement, Options, runner, summarize, workloads
+from shortcut_jax.benchmarks import Measurement, Options, runner, summarize, timing, workloads
 
 GIGA = 1e9
+COPIES = ("device", "host")
+FEWEST = 2  # steps in a turn, of which one half comes after the save
 
 
 def measure(options: Options) -> Iterator[Measurement]:
-    """The workload of this back end: seconds of a save beside those of a step."""
-    workload, config = workloads.one(options.small)
+    """The workload of this back end and the run on digits: a save beside steps, both ways."""
+    name, config = workloads.one(options.small)
+    yield from _measure(name, config, options.repeats)
+    if not options.small:
+        yield from _measure("digits", digits.get_config(), options.repeats)
+
+
+def _measure(workload: str, config: ConfigDict, repeats: int) -> Iterator[Measurement]:
     compiled = runner.compile_step(config)
     steps = runner.Steps({"": compiled})
-    in_a_turn = 1 if jax.default_backend() == "cpu" else 10
     with tempfile.TemporaryDirectory(prefix="benchmark.") as scratch:
-        checkpoints = checkpoint.Checkpoints(scratch, keep=1)
-        shapes = checkpoint.with_shardings(
-            compiled.program.state_shape, compiled.program.state_sharding
-        )
-        # The first round counts for the first save alone: it starts threads and compiles.
-        first, *rounds = [
-            _round(checkpoints, steps, i, in_a_turn, shapes) for i in range(options.repeats + 1)
-        ]
-        size = sum(p.stat().st_size for p in Path(scratch).rglob("*") if p.is_file())
-        checkpoints.close()
+        saves = {copy: _Saves(f"{scratch}/{copy}", copy, compiled) for copy in COPIES}
+        # The first save starts threads and compiles; the second says how many steps it lasts.
+        first = {copy: saves[copy].alone(steps)["save"] for copy in COPIES}
+        alone = {copy: [saves[copy].alone(steps)] for copy in COPIES}
+        lasts = max(found[0]["written"] for found in alone.values())
+        count = max(FEWEST, 2 * math.ceil(1.5 * lasts / (steps.run("", 2).wall / 2)))
+        contenders: dict[str, Callable[[], timing.Took]] = {
+            "without": functools.partial(steps.run, "", count)
+        }
+        for copy in COPIES:
+            contenders[copy] = functools.partial(saves[copy].among, steps, count)
+        took = timing.rounds(contenders, repeats)
+        for copy in COPIES:
+            alone[copy] += [saves[copy].alone(steps) for _ in range(repeats - 1)]
+            saves[copy].checkpoints.close()
+        size = sum(p.stat().st_size for p in Path(scratch, "host").rglob("*") if p.is_file())
     name = f"checkpoint/{workload}"
-    conditions = compiled.facts() | {"bytes": size}
-
-    def each(what: str) -> list[float]:
-        return [seconds[what] for seconds in rounds]
-
+    conditions = compiled.facts() | {"bytes": size, "steps": count}
+    step = statistics.median(round_.wall for round_ in took["without"]) / count
     yield summarize(f"{name}/size", [size / GIGA], "GB", conditions)
-    yield summarize(f"{name}/first save", [first["save"]], "s that steps wait", conditions)
-    yield summarize(f"{name}/save", each("save"), "s that steps wait", conditions)
-    shares = [seconds["save"] / seconds["step"] for seconds in rounds]
-    yield summarize(f"{name}/save: of a step", shares, "x the time of a step", conditions)
-    yield summarize(f"{name}/step", each("step"), "s / step", conditions)
-    yield summarize(f"{name}/commit", each("commit"), "s from the save's begin", conditions)
-    yield summarize(f"{name}/restore", each("restore"), "s", conditions)
+    yield summarize(f"{name}/step", [r.wall / count for r in took["without"]], "s", conditions)
+    for copy in COPIES:
+        by = f"{name}/{copy}"
+        yield summarize(f"{by}/first save", [first[copy]], "s until it returns", conditions)
+        for what, unit in (
+            ("save", "s until it returns"),
+            ("written", "s from the save's begin"),
+            ("restore", "s"),
+        ):
+            values = [found[what] for found in alone[copy]]
+            yield summarize(f"{by}/{what}", values, unit, conditions)
+            if what == "save":
+                shares = [value / step for value in values]
+                yield summarize(f"{by}/{what}: of a step", shares, "x a step", conditions)
+        pairs = list(zip(took[copy], took["without"], strict=True))
+        for kind, unit in timing.kinds().items():
+            ratios = [getattr(a, kind) / getattr(b, kind) for a, b in pairs]
+            unit = f"x the {unit} of {count} steps without"
+            yield summarize(f"{by}/steps with a save", ratios, unit, conditions)
 
 
-def _round(
-    checkpoints: checkpoint.Checkpoints,
-    steps: runner.Steps,
-    number: int,
-    in_a_turn: int,
-    shapes: Any,
-) -> dict[str, float]:
-    """Seconds of a step, of a save, until it is finished, and of reading it."""
-    found = {"step": steps.run("", in_a_turn).wall / in_a_turn}
-    start = time.perf_counter()
-    checkpoints.save(number, state.fields(steps.state), {})
-    found["save"] = time.perf_counter() - start
-    checkpoints.wait()
-    found["commit"] = time.perf_counter() - start
-    found["restore"] = _seconds(
-        lambda: jax.block_until_ready(checkpoints.restore(number, state.fields(shapes)))
-    )
-    return found
+class _Saves:
+    """Saves of the state of some steps, one after the other, into a folder of their own."""
 
+    def __init__(self, folder: str, copy: str, step: runner.Step) -> None:
+        self.checkpoints = checkpoint.Checkpoints(folder, keep=1, copy=copy)
+        shapes = checkpoint.with_shardings(step.program.state_shape, step.program.state_sharding)
+        self._shapes = state.fields(shapes)
+        self._number = 0
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    def alone(self, steps: runner.Steps) -> dict[str, float]:
+        """Seconds until a save returns, until it is written, and of reading it, beside nothing."""
+        start = time.perf_counter()
+        self._save(steps.state)
+        found = {"save": time.perf_counter() - start}
+        self.checkpoints.wait()
+        found["written"] = time.perf_counter() - start
+        start = time.perf_counter()
+        jax.block_until_ready(self.checkpoints.restore(self._number, self._shapes))
+        return found | {"restore": time.perf_counter() - start}
+
+    def among(self, steps: runner.Steps, count: int) -> timing.Took:
+        """Makes steps with a save in their middle, as the trainer does; waits for these alone."""
+        took = steps.run("", count, halfway=self._save)
+        self.checkpoints.wait()
+        return took
+
+    def _save(self, train_state: Any) -> None:
+        self._number += 1
+        self.checkpoints.save(self._number, state.fields(train_state), {})

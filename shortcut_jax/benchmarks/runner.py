@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.parallel import sharding
 from shortcut_jax.planning import flops, topology
 from shortcut_jax.program import Program
+from shortcut_jax.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +96,25 @@ class Steps:
             name: inputs.batch(step.program, step.setup) for name, step in self._steps.items()
         }
 
-    def run(self, name: str, count: int) -> Took:
-        """Makes `count` steps and waits for the last."""
+    def run(
+        self, name: str, count: int, halfway: Callable[[TrainState], None] | None = None
+    ) -> Took:
+        """Makes `count` steps and waits for the last.
+
+        Args:
+          name: of the step.
+          count: how many.
+          halfway: called after half of them, when the devices have made these.
+        """
         step = self._steps[name].compiled
         state = dataclasses.replace(self.state, **self._own[name])
         batch = self._batches[name]
 
         def work() -> int:
             nonlocal state
-            for _ in range(count):
+            for done in range(count):
+                if halfway is not None and done == count // 2:
+                    halfway(jax.block_until_ready(state))
                 state = step(state, batch)
             jax.block_until_ready(state)
             return count
