@@ -2,8 +2,9 @@
 
 Saves are asynchronous and atomic: a step becomes visible by the renaming of its finished directory,
 so a kill during a save leaves the previous one in place. What the next update changes in place is
-copied first: on the devices, which the host does not wait for, or to the host, which it does. EMA parameters can be read alone, on any
-mesh, for evaluation. Checksums of all arrays are saved beside them and compared with what is read.
+copied first: on the devices, which the host does not wait for, or to the host, which it does. EMA
+parameters can be read alone, on any mesh, for evaluation. Checksums of all arrays are saved beside
+them and compared with what is read.
 """
 
 import concurrent.futures
@@ -26,8 +27,8 @@ from shortcut_jax.errors import UserError
 
 CHECKSUMS = "checksums"  # in the JSON part: of every array, and of the rest of that part
 
-# One thread for all folders. What orbax begins it counts per process, so that two at once would mix
-# up; and several processes meet in each save, so that all must begin them in the order of the calls.
+# One thread for all folders: orbax numbers what it begins in a process, and two at once would mix
+# that up; several processes meet in every save, so that all must begin them in the same order.
 _WRITER = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
 
 
@@ -45,8 +46,8 @@ class Checkpoints:
       keep: how many of the newest to keep; None keeps all.
       read_only: for evaluation beside a run: creates and removes nothing.
       folder: of the workdir, if they are others than those a run resumes from.
-      copy: where a save copies the arrays to before it returns. "host" waits for that. "device" does
-        not, and takes memory for what is saved once more, on the devices, until the host has it.
+      copy: "host": `save` returns when the host has copies of the arrays. "device": it returns at
+        once, and the devices have memory for what is saved once more, until the host has it.
 
     Raises:
       UserError: the folder is a file.
@@ -94,7 +95,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Steps of all finished checkpoints; waits for one being written (UserError if it fails)."""
+        """Steps of all finished checkpoints; waits for what is written (UserError if it fails)."""
         self.wait()
         return sorted(self._manager.all_steps())
 
@@ -129,7 +130,7 @@ class Checkpoints:
           UserError: there is a later one, or the save before failed; if arrays are copied to the
             host, or the devices cannot begin to copy them, this one.
         """
-        meta = json.loads(json.dumps(dict(meta)))
+        rest = json.loads(json.dumps(dict(meta)))
         latest = self.latest()
         if latest is not None and latest >= step:
             raise UserError(
@@ -137,26 +138,26 @@ class Checkpoints:
                 f"{latest}; expected none: another run may be writing there, end one of them."
             )
         with self._failing():
-            arrays = dict(state) if self._copy == "host" else _copied(dict(state))
+            arrays = _copied(dict(state)) if self._copy == "device" else dict(state)
             # Of the copies: the next step waits for what reads its own arrays.
             sums = checksums.dispatch(arrays)
             if jax.process_count() > 1 and jax.default_backend() == "cpu":
                 # What gloo exchanges for two programs at once gets mixed up.
                 jax.block_until_ready(sums)
-            self._begun = _WRITER.submit(self._write, step, arrays, sums, meta)
+            self._begun = _WRITER.submit(self._write, step, arrays, sums, rest)
             if self._copy == "host":
                 self._begun.result()
 
     def _write(
-        self, step: int, arrays: dict[str, Any], sums: jax.Array, meta: dict[str, Any]
+        self, step: int, arrays: dict[str, Any], sums: jax.Array, rest: dict[str, Any]
     ) -> None:
         """Returns when the host has the arrays; orbax writes them in threads of its own."""
-        found = {"arrays": checksums.named(arrays, sums), "rest": checksums.of_json(meta)}
+        found = {"arrays": checksums.named(arrays, sums), "rest": checksums.of_json(rest)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(arrays),
-                meta=ocp.args.JsonSave({**meta, CHECKSUMS: found}),
+                meta=ocp.args.JsonSave({**rest, CHECKSUMS: found}),
             ),
             force=True,  # whether to save is not for orbax to decide
         )
@@ -324,10 +325,11 @@ class Checkpoints:
 def _copied(tree: dict[str, Any]) -> dict[str, Any]:
     """Copies of the arrays where they lie; returns at once, and the arrays may be donated."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(_copies(leaves, tuple(leaf.sharding for leaf in leaves)))
+    copies = _copies(leaves, tuple(leaf.sharding for leaf in leaves))
+    return jax.tree.unflatten(structure, copies)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)  # one program for all
 def _copies(leaves: list[jax.Array], shardings: tuple[jax.sharding.Sharding, ...]) -> Any:
     return jax.lax.with_sharding_constraint([jnp.copy(leaf) for leaf in leaves], list(shardings))
 

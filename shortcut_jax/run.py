@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -340,8 +341,14 @@ def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, 
 # ---------------------------------------------------------------------- the compiled step
 
 
-def report_compiled(compiled: Any, seconds: float) -> None:
-    """Logs compile time, FLOPs and memory of the step, per device, as the compiler counts them."""
+def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
+    """Logs compile time, FLOPs and memory of the step, per device, as the compiler counts them.
+
+    Raises:
+      UserError: the devices have no room for what a save copies on them (`checkpoint.copy`).
+    """
+    from shortcut_jax import topology  # which imports this module
+
     memory = compiled.memory_analysis()
     mib = 2**20
     logging.info(
@@ -353,3 +360,13 @@ def report_compiled(compiled: Any, seconds: float) -> None:
         memory.temp_size_in_bytes / mib,
         memory.alias_size_in_bytes / mib,
     )
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU says nothing
+    peak, copy = topology.peak_memory(compiled, device.platform), memory.alias_size_in_bytes
+    if config.checkpoint.copy == "device" and not topology.holds(limit, peak, copy):
+        raise UserError(
+            f"a step needs {peak / mib:,.0f} MiB of the {limit / mib:,.0f} MiB of a device, and a "
+            f"save with checkpoint.copy=device {copy / mib:,.0f} MiB beside it; expected room for "
+            "both: set --config.checkpoint.copy=host, which holds up the steps until the host has "
+            "the train state."
+        )

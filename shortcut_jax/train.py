@@ -224,7 +224,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     with clock.phase("compile"):
         compiled = program.compile_several(config.steps_per_dispatch)
-    run.report_compiled(compiled, clock.state_dict()["seconds/compile"])
+    run.report_compiled(config, compiled, clock.state_dict()["seconds/compile"])
     distributed.gather("compiled")  # gloo waits 30 s, no more, for the first step of the others
 
     ##################################################################################

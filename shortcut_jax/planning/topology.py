@@ -70,6 +70,7 @@ class Report:
       peak: bytes in use at most; None where it does not fit and the compiler does not say.
       hbm: bytes there are; None where nothing is known.
       state: bytes of the train state.
+      copy: bytes of the copy of it that a save makes (`checkpoint.copy`), while steps go on.
       flops: of a step as the compiler gets it, everything counted; see `flops_of`.
       bytes_accessed: as the compiler counts them; see `bytes_of`. None where it cannot.
       collectives: kind -> (operations that a step runs, bytes of their results).
@@ -89,6 +90,7 @@ class Report:
     peak: float | None
     hbm: float | None
     state: int
+    copy: int
     flops: float
     bytes_accessed: float | None
     collectives: dict[str, tuple[int, int]]
@@ -98,6 +100,10 @@ class Report:
     def text(self) -> str:
         """As --dry_run prints it."""
         verdict = "fits" if self.fits else "does not fit"
+        if self.fits and not holds(self.hbm, self.peak, self.copy):
+            verdict = (
+                "does not fit beside the copy that a save makes: add --config.checkpoint.copy=host"
+            )
         if self.hbm is None:
             verdict += f": {self.device} has no limit that is known"
         lines = {
@@ -107,6 +113,7 @@ class Report:
             "batch": f"{self.batch_size}, {self.batch_size // self.devices} per device",
             "peak memory": f"{_gib(self.peak)} per device, of {_gib(self.hbm)}",
             "train state": f"{_gib(self.state)} per device",
+            "copy in a save": f"{_gib(self.copy)} per device",
         }
         lines["FLOPs"] = f"{self.flops:.4g} per device"
         if self.bytes_accessed is not None:
@@ -207,6 +214,8 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
     seconds = time.process_time() - start
     found = collectives.collectives(compiled.as_text() or "") if compiled else []
     state_size = state_bytes(program)
+    copy = state_size if config.checkpoint.copy == "device" else 0
+    room = None if machine.hbm is None else machine.hbm - copy
     flat = config_lib.flatten(config)
     return Report(
         network=network_name(config.model),
@@ -222,10 +231,11 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         peak=peak,
         hbm=machine.hbm,
         state=state_size,
+        copy=copy,
         flops=flops_of(config) / len(machine.devices),
         bytes_accessed=bytes_of(config, mesh, compiled) if compiled else None,
         collectives=collectives.by_kind(found),
-        largest_batch=largest_batch(config, math.prod(axes), machine.hbm, state_size, peak),
+        largest_batch=largest_batch(config, math.prod(axes), room, state_size, peak),
         seconds=seconds,
     )
 
@@ -319,6 +329,14 @@ def peak_memory(compiled: jax.stages.Compiled, platform: str) -> float:
     # What a CPU or GPU program allocates when it starts; a CPU's own peak leaves temporaries out.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+
+
+def holds(limit: float | None, peak: float | None, copy: float) -> bool:
+    """Whether a device has room for a step and, beside it, for the copy that a save makes.
+
+    What is not known (None) counts as room.
+    """
+    return limit is None or peak is None or peak + copy <= limit
 
 
 def _needed(refusal: str) -> float | None:

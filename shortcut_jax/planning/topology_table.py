@@ -15,7 +15,7 @@ from absl import flags
 from shortcut_jax import cli
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
-from shortcut_jax.planning.topology import GIB, Report
+from shortcut_jax.planning.topology import GIB, Report, holds
 
 REPORTS = flags.DEFINE_string("reports", None, "The file; may be given without --reports=.")
 
@@ -37,13 +37,15 @@ python -m shortcut_jax.main --config=configs/imagenet.py:b --workdir=runs/imagen
 with `:xl` for DiT-XL and `--config.mesh.fsdp=-1 --config.mesh.data=1` for fsdp, where the mesh is
 given as data x fsdp; `bash launch/topologies.sh` makes all rows, or those of the machines it is
 given, which takes long: what is missing here was not compiled. Memory is the peak on one device, or
-what is needed where it does not fit, beside what the compiler has there. "Sent" is the bytes of the
-results of a step's collectives on a device. TFLOPs are those of a device, with what is computed
-again, counted before the step is compiled. GB accessed are the compiler's count of the step
-unrolled, by those with one block and with two (it counts the body of a loop once); under fsdp it
-makes loops of its own, and nothing is said. The last column is a batch that fits by the same
-compilation, all memory but the train state taken to grow with it. Rows without a compile time are
-of an earlier state of the code, which drew step sizes at random and kept more of B's blocks.
+what is needed where it does not fit, beside what the compiler has there. "copy=host" fits without
+the copy of the train state that a save makes on the devices (--config.checkpoint.copy=host). "Sent"
+is the bytes of the results of a step's collectives on a device. TFLOPs are those of a device, with
+what is computed again, counted before the step is compiled. GB accessed are the compiler's count of
+the step unrolled, by those with one block and with two (it counts the body of a loop once); under
+fsdp it makes loops of its own, and nothing is said. The last column is a batch that fits by the
+same compilation, all memory but the train state taken to grow with it; these rows are of before
+saves made that copy, and leave it out. Rows without a compile time are of an earlier state of the
+code, which drew step sizes at random and kept more of B's blocks.
 
 """
 COLUMNS = (
@@ -77,13 +79,19 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         "yes" if row["settings"]["model.scan_layers"] else "no",
         row["settings"]["model.remat"],
         f"{_gib(row['peak'])} / {_gib(row['hbm'])}",
-        "yes" if row["fits"] else "no",
+        _fits(row),
         ", ".join(sent) or "-",
         f"{row['flops'] / 1e12:.2f}",
         "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
         "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",
     ]
+
+
+def _fits(row: Mapping[str, Any]) -> str:
+    if not row["fits"]:
+        return "no"
+    return "yes" if holds(row["hbm"], row["peak"], row["state"]) else "copy=host"
 
 
 def _gib(size: float | None) -> str:

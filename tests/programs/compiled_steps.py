@@ -32,7 +32,7 @@ class _Compiled(Exception):
 def compiled_step(config: ConfigDict, workdir: Path) -> jax.stages.Compiled:
     """The program that `train.train` would run, with its shardings and donated state."""
 
-    def stop(compiled, seconds):
+    def stop(config, compiled, seconds):
         raise _Compiled(compiled)
 
     try:
