@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from shortcut_jax import checksums, layers
+from shortcut_jax import checksums, distributed, layers
 from shortcut_jax.errors import UserError
 
 CHECKSUMS = "checksums"  # in the JSON part: of every array, and of the rest of that part
@@ -73,7 +73,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._copy = copy
         self._begun: concurrent.futures.Future[None] | None = None  # the save before
-        several = jax.process_count() > 1
+        several = distributed.several() and not read_only
         self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -81,8 +81,8 @@ class Checkpoints:
                 create=False,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
-                # With the processes named, they meet at jax.distributed's barriers, which a thread
-                # may use; else in a collective on all devices, which steps would get between.
+                # Processes that are named meet at jax.distributed's barriers, which are safe in a
+                # thread; else in a collective on all devices, between which steps would come.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count())) if several else None,
                     barrier_sync_key_prefix=folder,
@@ -137,12 +137,13 @@ class Checkpoints:
                 f"checkpoint {step} was not written, because {self.directory} holds the later "
                 f"{latest}; expected none: another run may be writing there, end one of them."
             )
+        distributed.gather(step)  # all begin together: at those barriers none waits for long
         with self._failing():
             arrays = _copied(dict(state)) if self._copy == "device" else dict(state)
             # Of the copies: the next step waits for what reads its own arrays.
             sums = checksums.dispatch(arrays)
-            if jax.process_count() > 1 and jax.default_backend() == "cpu":
-                # What gloo exchanges for two programs at once gets mixed up.
+            if distributed.several() and jax.default_backend() == "cpu":
+                # Nothing keeps gloo from mixing up what two programs exchange at once.
                 jax.block_until_ready(sums)
             self._begun = _WRITER.submit(self._write, step, arrays, sums, rest)
             if self._copy == "host":
