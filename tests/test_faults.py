@@ -39,7 +39,7 @@ def test_a_disk_that_fills_up_ends_the_run_at_the_next_log_line(config, tmp_path
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
         save(self, step, *args)
         if step == 200:  # let the background come to its end before the next step
-            while self._manager.is_saving_in_progress():
+            while not self._begun.done() or self._manager.is_saving_in_progress():
                 pass
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_on_a_full_disk)

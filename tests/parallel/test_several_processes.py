@@ -134,7 +134,11 @@ def test_when_one_process_is_killed_all_end_and_go_on(tmp_path):
     program = "tests.programs.killed_main"
     flags = ("--config.total_steps=40", "--config.checkpoint.every=5", "--config.eval.every=0")
     (_, first), (killed, _) = ends = start(
-        "2x2", program, tmp_path, *flags, env={"KILL": "train:17:0"}
+        "2x2",
+        program,
+        tmp_path,
+        *flags,
+        env={"KILL": "train:33:0"},  # two arrays for a step
     )
     assert killed == -9 and ends[0][0] not in (0, 2), first
     kept = finished_checkpoints(tmp_path)

@@ -4,7 +4,8 @@ python -m tests.programs.several OUT --config=FILE ... does in turn what a run d
 leaves as a preempted one does:
 
   gathers and agrees; one process fails alone, and all hear of it
-  saves a checkpoint in OUT/checkpoints from a mesh over all devices, and reads it back
+  saves a checkpoint in OUT/checkpoints from a mesh over all devices, while these go on to change
+  its arrays in place and to exchange what they hold, and reads it back
   process 1 is sent SIGTERM, twice, and all leave at the same step, which OUT/left_P says
 """
 
@@ -46,13 +47,24 @@ def agree() -> None:
         assert "this host has no disk." in str(error)
 
 
+def change(tree):
+    mean = tree["params"]["kernel"].mean()  # of what all devices have
+    return jax.tree.map(lambda a: a - mean, tree)
+
+
 def save(out: Path) -> None:
     shardings = place(sharding.make_mesh(1, jax.device_count()))
     shapes = checkpoint.with_shardings(jax.eval_shape(make_state), shardings)
-    state = jax.jit(make_state, out_shardings=shardings)()
-    checkpoints = checkpoint.Checkpoints(out, keep=1)
-    checkpoints.save(3, state, META)
+    make = jax.jit(make_state, out_shardings=shardings)
+    step = jax.jit(change, out_shardings=shardings, donate_argnums=0)
+    checkpoints = checkpoint.Checkpoints(out, keep=1, copy="device")
+    for number in (2, 3):
+        changed = state = make()
+        checkpoints.save(number, state, META)
+        for _ in range(20):
+            changed = jax.block_until_ready(step(changed))
     checkpoints.wait()
+    state = make()
     found = checkpoints.restore(3, shapes)
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(sharding.to_host(a), sharding.to_host(b)),
