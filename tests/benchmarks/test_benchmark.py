@@ -22,7 +22,11 @@ FAST_COMPILE = "--xla_backend_optimization_level=0"
 COMMAND = ["-m", "shortcut_jax.benchmark", "--small", "--repeats=2"]
 
 
-CHECKPOINT = ("size", "first save", "save", "step", "commit", "restore")
+CHECKPOINT = ("size", "step", "restore") + tuple(
+    f"{copy}/{what}"
+    for copy in ("device", "host")
+    for what in ("first save", "save", "written", "steps with a save")
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from configs import digits
-from shortcut_jax import program, state, train
+from shortcut_jax import checkpoint, program, state, train
 from shortcut_jax.parallel import preemption
 from tests.test_resume import finished_checkpoints, read_lines, read_meta
 
@@ -49,13 +49,16 @@ def signalled(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_it_saves_at_the_next_step_and_goes_on_from_there(signalled, tmp_path):
+def test_it_saves_at_the_next_step_and_goes_on_from_there(signalled, tmp_path, monkeypatch):
     """That a run continues from a checkpoint to the last bit is in tests/test_resume.py."""
+    copied, copies = checkpoint._copied, []
+    monkeypatch.setattr(checkpoint, "_copied", lambda tree: copies.append(tree) or copied(tree))
     signalled(LEAVES)  # where an evaluation is due, for which there may be no time
     with pytest.raises(preemption.Preempted, match=f"asked to leave at step {LEAVES}"):
         train.train(config(), tmp_path)
     assert finished_checkpoints(tmp_path) == [LEAVES]
     assert read_meta(tmp_path, LEAVES)["unevaluated"] is True
+    assert len(copies) == 1  # on the device, and whole when the run had ended
     assert not (tmp_path / "eval").exists() and not (tmp_path / "finished.json").exists()
 
     signalled(TOTAL)  # at the end, where the evaluation is all that is left to do
