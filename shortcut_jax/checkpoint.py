@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from shortcut_jax import checksums, distributed, layers
+from shortcut_jax import checksums, layers
 from shortcut_jax.errors import UserError
+from shortcut_jax.parallel import distributed
 
 CHECKSUMS = "checksums"  # in the JSON part: of every array, and of the rest of that part
 

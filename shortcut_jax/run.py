@@ -347,7 +347,7 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
     Raises:
       UserError: the devices have no room for what a save copies on them (`checkpoint.copy`).
     """
-    from shortcut_jax import topology  # which imports this module
+    from shortcut_jax.planning import topology
 
     memory = compiled.memory_analysis()
     mib = 2**20

@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
-from shortcut_jax import checkpoint, checksums, run, topology, validation
+from shortcut_jax import checkpoint, checksums, run, validation
 from shortcut_jax.errors import UserError
+from shortcut_jax.planning import topology
 from tests.sentences import assert_sentence
 
 META = {"config": {}, "data": {}, "clock": {}}

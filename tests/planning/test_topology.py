@@ -72,6 +72,19 @@ def test_a_report_replaces_that_of_the_same_step(compiled, tmp_path):
     assert text.count("\n") == 4 and "| DiT 32x1/2 | cpu:8 | 8 | 1 x 8 | 64 | no | none |" in text
 
 
+def test_a_step_may_fit_but_not_beside_the_copy_of_a_save(compiled):
+    _, file = compiled
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["copy"] == row["state"]
+    for room, verdict, cell in (
+        (0, "fits", "yes"),
+        (-1, "--config.checkpoint.copy=host", "copy=host"),
+    ):
+        report = topology.Report(**row | {"hbm": row["peak"] + row["copy"] + room})
+        assert report.text().endswith(verdict)
+        assert f"| {cell} |" in topology_table.table([dataclasses.asdict(report)])
+
+
 def test_scanned_layers_count_as_often_as_they_run():
     """XLA counts a loop's body once; what is reported is the cost of the unrolled step."""
     config = digits.get_config("small,objective=flow_matching")  # compiles in half of the time
