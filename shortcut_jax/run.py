@@ -33,6 +33,7 @@ from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 from shortcut_jax.parallel import distributed, sharding
+from shortcut_jax.planning import memory
 
 FINISHED = "finished.json"  # written when the last checkpoint is durable
 CONVERTED = "converted_from"  # in the data position of a checkpoint that no training wrote
@@ -347,23 +348,21 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
     Raises:
       UserError: the devices have no room for what a save copies on them (`checkpoint.copy`).
     """
-    from shortcut_jax.planning import topology
-
-    memory = compiled.memory_analysis()
+    needs = compiled.memory_analysis()
     mib = 2**20
     logging.info(
         "Compiled the step in %.1f s; per device: %.4g FLOPs, %.1f MiB arguments, %.1f MiB "
         "temporaries, %.1f MiB of the arguments updated in place.",
         seconds,
         compiled.cost_analysis()["flops"],
-        memory.argument_size_in_bytes / mib,
-        memory.temp_size_in_bytes / mib,
-        memory.alias_size_in_bytes / mib,
+        needs.argument_size_in_bytes / mib,
+        needs.temp_size_in_bytes / mib,
+        needs.alias_size_in_bytes / mib,
     )
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU says nothing
-    peak, copy = topology.peak_memory(compiled, device.platform), memory.alias_size_in_bytes
-    if config.checkpoint.copy == "device" and not topology.holds(limit, peak, copy):
+    peak, copy = memory.peak(compiled, device.platform), needs.alias_size_in_bytes
+    if config.checkpoint.copy == "device" and not memory.holds(limit, peak, copy):
         raise UserError(
             f"a step needs {peak / mib:,.0f} MiB of the {limit / mib:,.0f} MiB of a device, and a "
             f"save with checkpoint.copy=device {copy / mib:,.0f} MiB beside it; expected room for "

@@ -24,10 +24,8 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
 from shortcut_jax.objectives import Batch
 from shortcut_jax.parallel import sharding
-from shortcut_jax.planning import collectives
+from shortcut_jax.planning import collectives, memory
 from shortcut_jax.program import Program
-
-GIB = 2**30
 
 # GiB of memory that the compiler has for a program on one device: what libtpu 0.0.42.1 says when it
 # refuses one that is larger. A device is a core of v2 and v3 and a chip of the others.
@@ -100,7 +98,7 @@ class Report:
     def text(self) -> str:
         """As --dry_run prints it."""
         verdict = "fits" if self.fits else "does not fit"
-        if self.fits and not holds(self.hbm, self.peak, self.copy):
+        if self.fits and not memory.holds(self.hbm, self.peak, self.copy):
             verdict = (
                 "does not fit beside the copy that a save makes: add --config.checkpoint.copy=host"
             )
@@ -146,7 +144,7 @@ def find_machine(name: str) -> Machine:
             f"with GENERATION one of {', '.join(HBM)}: use one such as {EXAMPLES}."
         )
     devices = _tpu_devices(name, tpu["kind"], int(tpu["slices"] or 1))
-    return Machine(name, devices, HBM[tpu["kind"]] * GIB)
+    return Machine(name, devices, HBM[tpu["kind"]] * memory.GIB)
 
 
 def _cpu_devices(name: str, count: int) -> list[jax.Device]:
@@ -235,7 +233,7 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         flops=flops_of(config) / len(machine.devices),
         bytes_accessed=bytes_of(config, mesh, compiled) if compiled else None,
         collectives=collectives.by_kind(found),
-        largest_batch=largest_batch(config, math.prod(axes), room, state_size, peak),
+        largest_batch=memory.largest_batch(config, math.prod(axes), room, state_size, peak),
         seconds=seconds,
     )
 
@@ -317,32 +315,8 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled | None, float
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         logging.info("The compiler says: %s", error)
-        return None, _needed(str(error))
-    return compiled, peak_memory(compiled, sharding.platform(program.mesh))
-
-
-def peak_memory(compiled: jax.stages.Compiled, platform: str) -> float:
-    """Bytes that a program needs on a device of a platform."""
-    memory: Any = compiled.memory_analysis()
-    if platform == "tpu":
-        return memory.peak_memory_in_bytes
-    # What a CPU or GPU program allocates when it starts; a CPU's own peak leaves temporaries out.
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
-
-
-def holds(limit: float | None, peak: float | None, copy: float) -> bool:
-    """Whether a device has room for a step and, beside it, for the copy that a save makes.
-
-    What is not known (None) counts as room.
-    """
-    return limit is None or peak is None or peak + copy <= limit
-
-
-def _needed(refusal: str) -> float | None:
-    """Bytes that a program needs by the compiler's refusal, of which there are two forms."""
-    match = re.search(r"(?:Used |\()([\d.]+)([MGT])\)? (?:of|exceeds)", refusal)
-    return float(match[1]) * {"M": 2**20, "G": GIB, "T": 2**40}[match[2]] if match else None
+        return None, memory.needed(str(error))
+    return compiled, memory.peak(compiled, sharding.platform(program.mesh))
 
 
 def network_name(model: ConfigDict) -> str:
@@ -363,26 +337,5 @@ def state_bytes(program: Program) -> int:
     return sum(jax.tree.leaves(parts))
 
 
-def largest_batch(
-    config: ConfigDict, shards: int, hbm: float | None, state: int, peak: float | None
-) -> int | None:
-    """A batch that fits if all memory beyond the state is taken to grow with the batch.
-
-    Some of it (gradients) does not, so that a larger one may fit, too. 0 if none does.
-    """
-    if hbm is None or peak is None or peak <= state:
-        return None
-    objective = config_lib.build_objective(config, num_classes=0)
-    unit = shards * config.accumulation_steps
-    most = int(config.batch_size * max(hbm - state, 0) / (peak - state))
-    for size in range(most // unit * unit, 0, -unit):
-        try:
-            objective.validate(size, shards)
-            return size
-        except UserError:
-            continue
-    return 0
-
-
 def _gib(size: float | None) -> str:
-    return "an unknown amount" if size is None else f"{size / GIB:.2f} GiB"
+    return "an unknown amount" if size is None else f"{size / memory.GIB:.2f} GiB"

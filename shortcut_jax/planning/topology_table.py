@@ -15,7 +15,8 @@ from absl import flags
 from shortcut_jax import cli
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
-from shortcut_jax.planning.topology import GIB, Report, holds
+from shortcut_jax.planning.memory import GIB, holds
+from shortcut_jax.planning.topology import Report
 
 REPORTS = flags.DEFINE_string("reports", None, "The file; may be given without --reports=.")
 
@@ -43,13 +44,12 @@ is the bytes of the results of a step's collectives on a device. TFLOPs are thos
 what is computed again, counted before the step is compiled. GB accessed are the compiler's count of
 the step unrolled, by those with one block and with two (it counts the body of a loop once); under
 fsdp it makes loops of its own, and nothing is said. The last column is a batch that fits by the
-same compilation, all memory but the train state taken to grow with it; these rows are of before
-saves made that copy, and leave it out. Rows without a compile time are of an earlier state of the
-code, which drew step sizes at random and kept more of B's blocks.
+same compilation, all memory but the train state taken to grow with it.
 
 """
 COLUMNS = (
-    "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "peak / there is, GiB",
+    "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "attention",
+    "peak / there is, GiB",
     "fits", "sent", "TFLOPs", "GB", "compiled in, CPU s", "a batch that fits",
 )  # fmt: skip
 
@@ -78,12 +78,13 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['batch_size']:,}",
         "yes" if row["settings"]["model.scan_layers"] else "no",
         row["settings"]["model.remat"],
+        row["settings"]["model.attention"],
         f"{_gib(row['peak'])} / {_gib(row['hbm'])}",
         _fits(row),
         ", ".join(sent) or "-",
         f"{row['flops'] / 1e12:.2f}",
         "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
-        "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
+        f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",
     ]
 
