@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shortcut_jax import config, layers, objectives, state
+from shortcut_jax.models import attention as attention_lib
 from shortcut_jax.models import dit
 from shortcut_jax.models.dit import DiT
 
@@ -276,6 +277,23 @@ def test_methods_without_step_sizes_get_a_network_that_ignores_them():
         assert network.ignore_step == (name not in ("shortcut", "live_reflow", "mean_flow"))
         assert network.num_classes == 3
         assert network.max_level == (7 if name in ("shortcut", "live_reflow") else 0)
+
+
+@pytest.mark.parametrize("attention", ["xla", "pallas"])
+def test_what_the_backward_pass_computes_again(attention, monkeypatch):
+    """FLOPs of a gradient, before compilation: with "dots" attention counts again, no layer does."""
+    kernel = functools.partial(attention_lib.pallas, interpret=True)
+    monkeypatch.setitem(attention_lib.KERNELS, "pallas", attention_lib.Kernel(kernel))
+    sizes = {**TINY, "hidden_size": 128}  # wide enough that products are what counts
+
+    def count(remat):
+        network = DiT(**sizes, remat=remat, attention=attention)
+        shapes = jax.eval_shape(lambda: state.init_params(network, TINY_IMAGE, 0))
+        loss = jax.jit(jax.grad(lambda params: forward(network, params, *inputs()).sum()))
+        return loss.lower(shapes).cost_analysis()["flops"]
+
+    none, dots, full = map(count, ("none", "dots", "full"))
+    assert none < dots < 1.1 * none < 1.2 * none < full
 
 
 # ---- initialisation ------------------------------------------------------------------------------
