@@ -281,7 +281,7 @@ def test_methods_without_step_sizes_get_a_network_that_ignores_them():
 
 @pytest.mark.parametrize("attention", ["xla", "pallas"])
 def test_what_the_backward_pass_computes_again(attention, monkeypatch):
-    """FLOPs of a gradient, before compilation: with "dots" attention counts again, no layer does."""
+    """FLOPs of a gradient before compilation: with "dots" attention counts again, layers do not."""
     kernel = functools.partial(attention_lib.pallas, interpret=True)
     monkeypatch.setitem(attention_lib.KERNELS, "pallas", attention_lib.Kernel(kernel))
     sizes = {**TINY, "hidden_size": 128}  # wide enough that products are what counts
