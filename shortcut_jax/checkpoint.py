@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -166,12 +167,12 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises UserError if a save that was begun has failed meanwhile; does not wait."""
-        if self._begun is not None and self._begun.done():
-            with self._failing():
-                self._begun.result()
-            # (The manager's own `check_for_errors` knows nothing of a save that has ended.)
-            if not self._manager.is_saving_in_progress():
-                self.wait()
+        begun = self._begun
+        if begun is None or not begun.done():
+            return
+        # (The manager's own `check_for_errors` knows nothing of a save that has ended.)
+        if begun.exception() or not self._manager.is_saving_in_progress():
+            self.wait()
 
     def drop_after(self, step: int) -> list[int]:
         """Removes those of later steps; returns which these were."""
@@ -276,6 +277,25 @@ class Checkpoints:
         self.wait()
         with self._failing():
             self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Waits when there is an error, too: a process that ends does not end what it writes."""
+        if (
+            error is None or distributed.several()
+        ):  # of these none waits for others that may be gone
+            return
+        try:
+            self.wait()
+        except UserError as another:
+            logging.error("%s", another)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

@@ -260,7 +260,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         write=jax.process_index() == 0,
         restart_step=start,
     )
-    with batches, logger, preemption.Notice() as notice:
+    with checkpoints, batches, logger, preemption.Notice() as notice:
         for step, count in program_lib.dispatches(config, first):
             new = step > first  # nothing is due twice after a resume
             last = step == config.total_steps

@@ -221,6 +221,25 @@ def test_what_fails_in_the_thread_is_told_by_the_next_call(opened, held, ask):
     assert checkpoints.steps() == [3]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_error_of_the_run_waits_for_the_save_before_it(opened, held, aside, caplog, fails):
+    checkpoints = opened(copy="device")
+
+    def run_and_fail():
+        with checkpoints:
+            checkpoints.save(1, make_state(), META)
+            raise RuntimeError("the run's own")
+
+    failing = aside(run_and_fail)
+    assert_waits(failing)
+    with caplog.at_level("ERROR", logger="absl"):
+        held.release(OSError("the disk is gone") if fails else None)
+        with pytest.raises(RuntimeError, match="the run's own"):
+            failing.result(LONG)
+    assert [p.name for p in checkpoints.directory.iterdir()] == ([] if fails else ["1"])
+    assert ("the disk is gone" in caplog.text) == fails
+
+
 def test_devices_without_memory_for_the_copy(opened, monkeypatch):
     def exhausted(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
