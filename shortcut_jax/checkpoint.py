@@ -288,9 +288,8 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         """Waits when there is an error, too: a process that ends does not end what it writes."""
-        if (
-            error is None or distributed.several()
-        ):  # of these none waits for others that may be gone
+        # Of several processes none waits for others, which may be gone.
+        if error is None or distributed.several():
             return
         try:
             self.wait()

@@ -43,14 +43,15 @@ the copy of the train state that a save makes on the devices (--config.checkpoin
 is the bytes of the results of a step's collectives on a device. TFLOPs are those of a device, with
 what is computed again, counted before the step is compiled. GB accessed are the compiler's count of
 the step unrolled, by those with one block and with two (it counts the body of a loop once); under
-fsdp it makes loops of its own, and nothing is said. The last column is a batch that fits by the
-same compilation, all memory but the train state taken to grow with it.
+fsdp it makes loops of its own, and nothing is said; for DiT-XL it was not counted. The last column
+is a batch that fits by the same compilation, all memory but the train state and its copy taken to
+grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)).
 
 """
 COLUMNS = (
     "network", "topology", "devices", "mesh", "batch", "scanned", "remat", "attention",
-    "peak / there is, GiB",
-    "fits", "sent", "TFLOPs", "GB", "compiled in, CPU s", "a batch that fits",
+    "peak / there is, GiB", "fits", "sent", "TFLOPs", "GB", "compiled in, CPU s",
+    "a batch that fits",
 )  # fmt: skip
 
 
