@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from shortcut_jax import (
     checkpoint,
     data,
+    device_memory,
     latent_cache,
     metrics,
     parameters,
@@ -33,7 +34,6 @@ from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
 from shortcut_jax.parallel import distributed, sharding
-from shortcut_jax.planning import memory
 
 FINISHED = "finished.json"  # written when the last checkpoint is durable
 CONVERTED = "converted_from"  # in the data position of a checkpoint that no training wrote
@@ -361,8 +361,8 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
     )
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU says nothing
-    peak, copy = memory.peak(compiled, device.platform), needs.alias_size_in_bytes
-    if config.checkpoint.copy == "device" and not memory.holds(limit, peak, copy):
+    peak, copy = device_memory.peak(compiled, device.platform), needs.alias_size_in_bytes
+    if config.checkpoint.copy == "device" and not device_memory.holds(limit, peak, copy):
         raise UserError(
             f"a step needs {peak / mib:,.0f} MiB of the {limit / mib:,.0f} MiB of a device, and a "
             f"save with checkpoint.copy=device {copy / mib:,.0f} MiB beside it; expected room for "

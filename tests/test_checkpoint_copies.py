@@ -12,9 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
-from shortcut_jax import checkpoint, checksums, run, validation
+from shortcut_jax import checkpoint, checksums, device_memory, run, validation
 from shortcut_jax.errors import UserError
-from shortcut_jax.planning import memory
 from tests.sentences import assert_sentence
 
 META = {"config": {}, "data": {}, "clock": {}}
@@ -267,7 +266,7 @@ def test_it_is_one_of_two():
     [(30, 20, 10, True), (30, 20, 11, False), (30, 20, 0, True), (None, 20, 11, True)],
 )
 def test_room_for_a_step_and_a_copy(limit, peak, copy, fits):
-    assert memory.holds(limit, peak, copy) == fits
+    assert device_memory.holds(limit, peak, copy) == fits
 
 
 @pytest.fixture

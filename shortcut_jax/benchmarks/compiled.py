@@ -18,11 +18,11 @@ import jax
 from absl import flags, logging
 
 from configs import imagenet
-from shortcut_jax import cli
+from shortcut_jax import cli, device_memory
 from shortcut_jax.benchmarks import authors
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
-from shortcut_jax.planning import collectives, memory, topology
+from shortcut_jax.planning import collectives, topology
 
 AUTHORS = flags.DEFINE_string("authors", None, "Checkout of the authors' code.", required=True)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "Machine; see main --topology.")
@@ -96,7 +96,7 @@ def theirs(checkout: Path, machine: topology.Machine, size: str, mesh: str) -> d
     return {
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
-        "peak": memory.peak(compiled, machine.devices[0].platform),
+        "peak": device_memory.peak(compiled, machine.devices[0].platform),
         "seconds": seconds,
         "collectives": collectives.by_kind(collectives.collectives(compiled.as_text() or "")),
     }
@@ -107,7 +107,7 @@ def line(name: str, row: Mapping[str, Any]) -> str:
     sent = [f"{kind} {size / 2**20:,.0f} MiB" for kind, (_, size) in row["collectives"].items()]
     counts = [
         "-" if row[key] is None else f"{row[key] / unit:.2f}"
-        for key, unit in (("flops", 1e12), ("bytes_accessed", 1e9), ("peak", memory.GIB))
+        for key, unit in (("flops", 1e12), ("bytes_accessed", 1e9), ("peak", device_memory.GIB))
     ]
     return f"| {' | '.join([name, *counts, format(row['seconds'], '.0f'), ', '.join(sent)])} |"
 

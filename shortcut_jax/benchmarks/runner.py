@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from shortcut_jax import run, train
+from shortcut_jax import device_memory, run, train
 from shortcut_jax.benchmarks import inputs, timing
 from shortcut_jax.benchmarks.timing import Took
 from shortcut_jax.parallel import sharding
-from shortcut_jax.planning import flops, memory, topology
+from shortcut_jax.planning import flops, topology
 from shortcut_jax.program import Program
 from shortcut_jax.state import TrainState
 
@@ -75,7 +75,7 @@ def compile_step(config: ConfigDict) -> Step:
         flops=flops.train_step(config, setup.image_shape),
         xla_flops=cost.get("flops", 0.0),
         bytes_accessed=cost.get("bytes accessed", 0.0),
-        peak=memory.peak(compiled, sharding.platform(setup.mesh)),
+        peak=device_memory.peak(compiled, sharding.platform(setup.mesh)),
         state_bytes=topology.state_bytes(program),
         seconds=seconds,
     )

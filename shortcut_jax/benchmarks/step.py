@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from shortcut_jax import device_memory
 from shortcut_jax.benchmarks import Measurement, Options, ceiling, summarize, timing, workloads
 from shortcut_jax.benchmarks.runner import Step, Steps, compile_step
 from shortcut_jax.benchmarks.timing import Took
-from shortcut_jax.planning import memory
 
 GIGA = 1e9
 FILL = 0.9  # of the memory: what else runs needs some
@@ -45,7 +45,7 @@ def filling_batch(configs: Callable[[int], dict[str, ConfigDict]]) -> int:
     limit = workloads.memory_limit()
     config = configs(FIRST_BATCH * jax.device_count())[workloads.MOST_MEMORY]
     step = compile_step(config)
-    found = memory.largest_batch(
+    found = device_memory.largest_batch(
         config, step.program.mesh.size, limit and FILL * limit, step.state_bytes, step.peak
     )
     if not found:

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from shortcut_jax import device_memory
 from shortcut_jax.benchmarks import Failure, Measurement, ceiling, summarize, timing, workloads
 from shortcut_jax.benchmarks.correct import kernels
 from shortcut_jax.benchmarks.runner import Step, Steps, compile_step
 from shortcut_jax.benchmarks.timing import Took
-from shortcut_jax.planning import memory
 
 GIGA = 1e9
 FILL = 0.9  # of the memory: what else runs needs some
@@ -106,7 +106,9 @@ class Sweep:
             return [dataclasses.replace(best, batch_size=2 * best.batch_size)]
         step = self._needs[best]
         config, shards = step.setup.config, step.setup.mesh.size
-        most = memory.largest_batch(config, shards, FILL * limit, step.state_bytes, step.peak)
+        most = device_memory.largest_batch(
+            config, shards, FILL * limit, step.state_bytes, step.peak
+        )
         # Products of multiples of 32 rows run well.
         unit = 32 * shards
         sizes = {n // unit * unit for n in (most or 0, (most or 0) // 2)}

@@ -125,9 +125,9 @@ def measure(config: ConfigDict, devices: Sequence[Any], case: Case) -> Row:
     """Compiles a case for devices of its machine."""
     import jax
 
-    from shortcut_jax import run, train, validation
+    from shortcut_jax import device_memory, run, train, validation
     from shortcut_jax.parallel import sharding
-    from shortcut_jax.planning import collectives, flops, memory, topology
+    from shortcut_jax.planning import collectives, flops, topology
 
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = case.batch_size
@@ -152,7 +152,7 @@ def measure(config: ConfigDict, devices: Sequence[Any], case: Case) -> Row:
         flops=cost.get("flops"),
         flops_least=flops.train_step(config, setup.image_shape) / case.devices,
         bytes_accessed=cost.get("bytes accessed"),
-        peak=memory.peak(compiled, sharding.platform(setup.mesh)),
+        peak=device_memory.peak(compiled, sharding.platform(setup.mesh)),
         seconds=seconds,
         **sent(found, program, itemsize),
     )

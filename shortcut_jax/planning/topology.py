@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from shortcut_jax import config as config_lib
-from shortcut_jax import run, spaces, train, validation
+from shortcut_jax import device_memory, run, spaces, train, validation
 from shortcut_jax.errors import UserError
 from shortcut_jax.models import dit
 from shortcut_jax.objectives import Batch
 from shortcut_jax.parallel import sharding
-from shortcut_jax.planning import collectives, memory
+from shortcut_jax.planning import collectives
 from shortcut_jax.program import Program
 
 # GiB of memory that the compiler has for a program on one device: what libtpu 0.0.42.1 says when it
@@ -98,7 +98,7 @@ class Report:
     def text(self) -> str:
         """As --dry_run prints it."""
         verdict = "fits" if self.fits else "does not fit"
-        if self.fits and not memory.holds(self.hbm, self.peak, self.copy):
+        if self.fits and not device_memory.holds(self.hbm, self.peak, self.copy):
             verdict = (
                 "does not fit beside the copy that a save makes: add --config.checkpoint.copy=host"
             )
@@ -144,7 +144,7 @@ def find_machine(name: str) -> Machine:
             f"with GENERATION one of {', '.join(HBM)}: use one such as {EXAMPLES}."
         )
     devices = _tpu_devices(name, tpu["kind"], int(tpu["slices"] or 1))
-    return Machine(name, devices, HBM[tpu["kind"]] * memory.GIB)
+    return Machine(name, devices, HBM[tpu["kind"]] * device_memory.GIB)
 
 
 def _cpu_devices(name: str, count: int) -> list[jax.Device]:
@@ -233,7 +233,7 @@ def compile_for(config: ConfigDict, machine: Machine) -> Report:
         flops=flops_of(config) / len(machine.devices),
         bytes_accessed=bytes_of(config, mesh, compiled) if compiled else None,
         collectives=collectives.by_kind(found),
-        largest_batch=memory.largest_batch(config, math.prod(axes), room, state_size, peak),
+        largest_batch=device_memory.largest_batch(config, math.prod(axes), room, state_size, peak),
         seconds=seconds,
     )
 
@@ -315,8 +315,8 @@ def compile_program(program: Program) -> tuple[jax.stages.Compiled | None, float
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         logging.info("The compiler says: %s", error)
-        return None, memory.needed(str(error))
-    return compiled, memory.peak(compiled, sharding.platform(program.mesh))
+        return None, device_memory.needed(str(error))
+    return compiled, device_memory.peak(compiled, sharding.platform(program.mesh))
 
 
 def network_name(model: ConfigDict) -> str:
@@ -338,4 +338,4 @@ def state_bytes(program: Program) -> int:
 
 
 def _gib(size: float | None) -> str:
-    return "an unknown amount" if size is None else f"{size / memory.GIB:.2f} GiB"
+    return "an unknown amount" if size is None else f"{size / device_memory.GIB:.2f} GiB"

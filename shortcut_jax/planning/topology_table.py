@@ -13,9 +13,9 @@ from typing import Any
 from absl import flags
 
 from shortcut_jax import cli
+from shortcut_jax.device_memory import GIB, holds
 from shortcut_jax.errors import UserError
 from shortcut_jax.files import read_json, write_atomically
-from shortcut_jax.planning.memory import GIB, holds
 from shortcut_jax.planning.topology import Report
 
 REPORTS = flags.DEFINE_string("reports", None, "The file; may be given without --reports=.")

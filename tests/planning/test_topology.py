@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from configs import digits
-from shortcut_jax import run, state, validation
+from shortcut_jax import device_memory, run, state, validation
 from shortcut_jax.errors import UserError
-from shortcut_jax.planning import memory, topology, topology_table
+from shortcut_jax.planning import topology, topology_table
 from tests.sentences import assert_sentence
 
 SMALL = ("-m", "shortcut_jax.main", "--config=configs/digits.py:small", "--dry_run")
@@ -156,12 +156,12 @@ def test_a_mesh_stays_within_slices():
     ],
 )
 def test_bytes_that_a_program_needs(refusal, gib):
-    assert memory.needed(refusal) == (gib and gib * memory.GIB)
+    assert device_memory.needed(refusal) == (gib and gib * device_memory.GIB)
 
 
 def test_the_largest_batch_is_a_valid_one_that_fits():
     config = digits.get_config("small")  # batch 32; groups of 4 rows on each of 8 devices
-    find = memory.largest_batch
+    find = device_memory.largest_batch
     assert find(config, 8, hbm=1000, state=200, peak=300) == 32 * 8
     assert find(config, 8, hbm=999, state=200, peak=300) == 32 * 7  # not 255 rows
     assert find(config, 8, hbm=200, state=200, peak=300) == 0
@@ -205,7 +205,7 @@ def test_a_step_compiles_for_tpus(run_python, tmp_path, name):
     stages = {"all-gather"} if name.startswith("2*") else set()
     assert row["collectives"].keys() == {"all-reduce", *stages}
     # The largest batch would fill the memory, which one row of this network is nothing of.
-    assert row["largest_batch"] > 1000 and row["hbm"] > 10 * memory.GIB
+    assert row["largest_batch"] > 1000 and row["hbm"] > 10 * device_memory.GIB
 
 
 @pytest.mark.slow
