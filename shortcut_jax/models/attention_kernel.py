@@ -86,10 +86,10 @@ def _by_rows(
 def _forward(qkv: Any, out: Any, *, heads: int, scale: float) -> None:
     """qkv: [1, T, 3NH] -> out: [1, T, NH]."""
     for head in range(heads):
-        q, k, v = (qkv[part] for part in _columns(out.shape[-1], heads, head))
+        columns = _columns(out.shape[-1], heads, head)
+        q, k, v = (qkv[part] for part in columns)
         p = _softmax(_product(q, k, ABT) * scale)
-        (columns, *_) = _columns(out.shape[-1], heads, head)
-        out[columns] = _product(p.astype(v.dtype), v, AB).astype(out.dtype)
+        out[columns[0]] = _product(p.astype(v.dtype), v, AB).astype(out.dtype)
 
 
 def _backward(qkv: Any, g: Any, out: Any, *, heads: int, scale: float) -> None:
