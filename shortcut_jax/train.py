@@ -66,7 +66,6 @@ def make_train_step(
     """
 
     apply = state.apply_fn(network)
-    apply_to_own = state.apply_fn(network.clone(rows=None))  # within one device
 
     def train_step(old: TrainState, batch: Batch) -> TrainState:
         draw = rng.draws(config.seed, "train", old.step)
@@ -85,7 +84,7 @@ def make_train_step(
         pixels = targets.target[0].size
 
         def loss_fn(params, rows, own):
-            predict = apply_to_own if own else apply
+            predict = state.apply_fn(network.clone(rows=None)) if own else apply
             prediction = predict(params, rows.x_t, rows.t, rows.d, rows.labels)
             row_loss = jnp.mean((prediction - rows.target) ** 2, axis=(1, 2, 3))  # [B]
             adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss) * pixels)

@@ -93,6 +93,8 @@ def test_rounding_does_not_add_up(name, start):
 class Toy:
     """A network v(x) = a x + b."""
 
+    rows = None
+
     def apply(self, variables, x, t, d, labels):
         return variables["params"]["a"] * x + variables["params"]["b"]
 

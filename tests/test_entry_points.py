@@ -262,8 +262,6 @@ def test_every_config_fits_its_data_set(name):
 @pytest.mark.parametrize(
     ("variant", "branches", "parameters"),
     [
-        ("objective=flow_matching", "empirical", "ema"),
-        ("objective=diffusion", "empirical", "ema"),
         ("objective=consistency_training", "consistency", "ema"),
         ("objective=live_reflow", "empirical reflow", "ema"),
         ("objective=mean_flow", "empirical mean_flow", "ema"),
@@ -275,7 +273,7 @@ def test_every_config_fits_its_data_set(name):
     ],
 )
 def test_variants_take_a_step(variant, branches, parameters, take_one_step):
-    """What has a teacher is in tests/test_two_phase.py."""
+    """What has a teacher, and what is one, is in tests/test_two_phase.py."""
     config = digits.get_config(f"small,{variant}")
     config.batch_size = 64
     assert config.eval.params == parameters

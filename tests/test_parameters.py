@@ -245,7 +245,7 @@ def test_the_evaluation_command_takes_the_names(tracked, run_python, tmp_path):
 class Toy:
     """A network v(x) = a x + b, so that nothing takes long to compile."""
 
-    dtype, scan_layers = np.float32, False
+    dtype, scan_layers, rows = np.float32, False, None
 
     def clone(self, **_):
         return self

@@ -20,6 +20,8 @@ STARTS = (3, 5)  # of the second and third of three stages: ceil(7/3), ceil(14/3
 class Toy:
     """A network v(x) = a x + b."""
 
+    rows = None
+
     def apply(self, variables, x, t, d, labels):
         return variables["params"]["a"] * x + variables["params"]["inner"]["b"]
 

@@ -24,11 +24,11 @@ OTHERS = ("1,1,20", "8,1,32", "1,8,16")
 
 
 @pytest.fixture(scope="module")
-def sampled(run_python, tmp_path_factory):
+def sampled(run_quickly, tmp_path_factory):
     """A folder with what tests/programs/sample_on_meshes.py writes."""
     out = tmp_path_factory.mktemp("samples")
     args = ["-m", "tests.programs.sample_on_meshes", str(out), REFERENCE, *OTHERS]
-    assert run_python(args, devices=8, timeout=280).returncode == 0
+    assert run_quickly(args, devices=8, timeout=280).returncode == 0
     return out
 
 

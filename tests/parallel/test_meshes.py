@@ -136,8 +136,6 @@ def test_data_parallel_copies_the_state(trained):
 # name -> argument of configs/digits.py and changed keys. All with 8 devices, data-parallel.
 STEPS = {
     "random": "objective=shortcut",
-    "stratified": "objective=shortcut;objective.step_size_sampling='stratified'",
-    "random_guided": "objective=shortcut;objective.cfg_scale=1.5",
     "stratified_guided": "objective=shortcut;objective.cfg_scale=1.5;"
     "objective.step_size_sampling='stratified'",
     "systematic_guided": "objective=shortcut;objective.cfg_scale=1.5;"

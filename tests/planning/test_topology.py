@@ -85,6 +85,7 @@ def test_a_step_may_fit_but_not_beside_the_copy_of_a_save(compiled):
         assert f"| {cell} |" in topology_table.table([dataclasses.asdict(report)])
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_scanned_layers_count_as_often_as_they_run():
     """XLA counts a loop's body once; what is reported is the cost of the unrolled step."""
     config = digits.get_config("small,objective=flow_matching")  # compiles in half of the time
