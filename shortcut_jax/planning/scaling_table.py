@@ -127,7 +127,7 @@ XLA_FLAGS=--xla_backend_optimization_level=0 python -m shortcut_jax.planning.sca
     --config=configs/digits.py --config.batch_size=256 --config.model.hidden_size=128 \\
     --config.model.depth=2 --config.model.patch_size=1 --kept=docs/results/scaling.json
 python -m shortcut_jax.planning.scaling --config=configs/imagenet.py:b --config.model.remat=none \\
-    --config.objective.step_size_sampling=random \\
+    --config.objective.step_size_sampling=random --config.model.attention=xla \\
     --machines=v5e:2x4,v5e:4x4 --kept=docs/results/scaling.json    # libtpu; minutes for each
 python -m shortcut_jax.planning.scaling_table docs/results/scaling.json > docs/scaling.md
 ```
