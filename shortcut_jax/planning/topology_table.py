@@ -45,7 +45,9 @@ what is computed again, counted before the step is compiled. GB accessed are the
 the step unrolled, by those with one block and with two (it counts the body of a loop once); under
 fsdp it makes loops of its own, and nothing is said; for DiT-XL it was not counted. The last column
 is a batch that fits by the same compilation, all memory but the train state and its copy taken to
-grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)).
+grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)); rows with
+"xla" on machines after v3 are of before that kernel. Those without a compile time are of an earlier
+state of the code, which drew step sizes at random and kept more of B's blocks.
 
 """
 COLUMNS = (
@@ -85,7 +87,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         ", ".join(sent) or "-",
         f"{row['flops'] / 1e12:.2f}",
         "-" if row["bytes_accessed"] is None else f"{row['bytes_accessed'] / 1e9:.1f}",
-        f"{row['seconds']:.0f}",
+        "-" if row["seconds"] is None else f"{row['seconds']:.0f}",
         "-" if row["largest_batch"] is None else f"{row['largest_batch']:,}",
     ]
 
