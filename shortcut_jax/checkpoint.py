@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a workdir, in WORKDIR/checkpoints/STEP/{state,meta}.
 
     Args:
@@ -278,15 +277,7 @@ class Checkpoints:
         with self._failing():
             self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Waits when there is an error, too: a process that ends does not end what it writes."""
         # Of several processes none waits for others, which may be gone.
         if error is None or distributed.several():

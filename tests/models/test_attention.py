@@ -213,7 +213,9 @@ def test_a_run_may_go_on_with_another_kernel():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra tpu is missing")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[tpu]'"
+)
 def test_a_step_with_the_kernel_compiles_for_tpus_and_needs_less(run_python, tmp_path):
     file = tmp_path / "rows.json"
     args = ["-m", "shortcut_jax.main", "--config=configs/imagenet.py:b", "--dry_run"]

@@ -35,6 +35,14 @@ SCALARS_RTOL = 1e-5
 PARAMS_ATOL = 3e-6
 
 
+def run_program(run_python, program, out, specs, devices):
+    """Runs one of tests/programs on so many devices; it writes into `out` for each of `specs`."""
+    args = ["-m", f"tests.programs.{program}", str(out)]
+    args += [f"{name}={spec}" for name, spec in specs.items()]
+    env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
+    assert run_python(args, env=env, timeout=280).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def train_all(run_python, tmp_path_factory):
     """train_all(runs): a folder with what tests/programs/train_on_meshes.py writes for them."""
@@ -42,10 +50,7 @@ def train_all(run_python, tmp_path_factory):
     def train_all(runs):
         out = tmp_path_factory.mktemp("meshes")
         for devices, specs in runs.items():
-            args = ["-m", "tests.programs.train_on_meshes", str(out)]
-            args += [f"{name}={spec}" for name, spec in specs.items()]
-            env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
-            assert run_python(args, env=env, timeout=280).returncode == 0
+            run_program(run_python, "train_on_meshes", out, specs, devices)
         return out
 
     return train_all
@@ -152,10 +157,7 @@ def compile_steps(run_python, tmp_path_factory):
 
     def run(specs, devices):
         out = tmp_path_factory.mktemp("compiled")
-        args = ["-m", "tests.programs.compiled_steps", str(out)]
-        args += [f"{name}={spec}" for name, spec in specs.items()]
-        env = {"XLA_FLAGS": FAST_COMPILE.format(devices)}
-        assert run_python(args, env=env, timeout=280).returncode == 0
+        run_program(run_python, "compiled_steps", out, specs, devices)
         return out
 
     return run

@@ -188,7 +188,7 @@ def test_memory_is_traded_for_time(run_python, tmp_path):
 # ------------------------------------------------------------------ TPUs
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the extra tpu is not installed"
+    importlib.util.find_spec("libtpu") is None, reason="needs pip install -e '.[tpu]'"
 )
 
 
