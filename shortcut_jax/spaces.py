@@ -26,6 +26,10 @@ from shortcut_jax.weights import autoencoder_weights
 if TYPE_CHECKING:  # TFDS is imported only when data is opened.
     from shortcut_jax.data.sources import Dataset
 
+# Images of a device that the autoencoder works on at a time. One of 256x256 takes 64 MiB in each of
+# the decoder's widest layers, and 8 fill any chip; more would only take more memory.
+AT_ONCE = 8
+
 Shape = tuple[int, int, int]
 
 
@@ -119,7 +123,7 @@ class Latents:
             found = autoencoder.encode(params, images, autoencoder.ARCHITECTURES[self.kind])
             return jnp.concatenate(found, axis=-1)
 
-        return self._compiled(moments)
+        return self._by_parts(moments)
 
     @functools.cached_property
     def _decode(self):
@@ -127,11 +131,21 @@ class Latents:
             architecture = autoencoder.ARCHITECTURES[self.kind]
             return autoencoder.decode(params, x / self.scale, architecture)
 
-        return self._compiled(images)
+        return self._by_parts(images)
 
-    def _compiled(self, function):
+    def _by_parts(self, function):
         rows, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        return jax.jit(function, in_shardings=(everywhere, rows), out_shardings=rows)
+
+        def of_a_device(params, x):
+            return jax.lax.map(lambda row: function(params, row[None])[0], x, batch_size=AT_ONCE)
+
+        mapped = jax.shard_map(
+            of_a_device,
+            mesh=self.mesh,
+            in_specs=(everywhere.spec, rows.spec),
+            out_specs=rows.spec,
+        )
+        return jax.jit(mapped, in_shardings=(everywhere, rows), out_shardings=rows)
 
 
 Space = Pixels | Latents

@@ -135,11 +135,22 @@ def test_cached_latents_equal_those_encoded_on_the_way(setup, images, cache, ste
     assert np.abs(cached - np.roll(way, 1, axis=0)).max() > 0.1  # other rows are far from equal
 
 
-def test_samples_go_back_through_the_decoder(setup):
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+@pytest.mark.parametrize("rows", [2, 2 * spaces.AT_ONCE + 1])
+def test_samples_go_back_through_the_decoder(setup, rows):
+    x = jax.random.normal(jax.random.key(0), (rows, 4, 4, 4))
     params = autoencoder_weights.load("random", "tiny").params
     expected = autoencoder.decode(params, x / 0.18215, autoencoder.TINY)
     np.testing.assert_allclose(setup.space.decode(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way, shape", [("decode", (8, 8, 4)), ("encode", (64, 64, 3))])
+def test_memory_does_not_grow_with_the_rows(setup, way, shape):
+    def temporaries(rows):
+        compiled = jax.jit(getattr(setup.space, way)).lower(jnp.zeros((rows, *shape))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(spaces.AT_ONCE), temporaries(8 * spaces.AT_ONCE)
+    assert many < 1.5 * few
 
 
 # ------------------------------------------------------------------ making them

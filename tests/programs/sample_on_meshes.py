@@ -4,6 +4,7 @@ python -m tests.programs.sample_on_meshes OUT DATA,FSDP,BATCH_SIZE ... writes OU
   noise    float32 [n, H, W, C], where sampling starts from
   labels   int32 [n]
   images   uint8 [n, H, W, C], in 4 steps of a network that is not trained but does something
+  decoded  float32 [80, 16, 16, 3], by an autoencoder of random weights
 and OUT/SPEC.json, the records of the evaluation.
 """
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits
-from shortcut_jax import data, run, sampling, state
+from shortcut_jax import data, run, sampling, spaces, state
 from shortcut_jax.evaluation import grid, measuring
 from shortcut_jax.parallel import sharding
 from tests.kept_samples import by_steps
@@ -45,6 +46,12 @@ def initial_noise(setup: run.Setup, shardings, batch_size: int) -> np.ndarray:
     return np.concatenate([sharding.to_host(batch) for batch in batches])[:NUM_SAMPLES]
 
 
+def decoded(mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Images of 80 latents; more than the autoencoder takes at a time, on 8 devices too."""
+    space = spaces.Latents("tiny", "random", scale=1.0, mesh=mesh)
+    return sharding.to_host(space.decode(jax.random.normal(jax.random.key(2), (80, 2, 2, 4))))
+
+
 def main(out: Path, specs: list[str]) -> None:
     config = digits.get_config("small")
     config.eval.update(num_samples=NUM_SAMPLES, metrics=("fd_digits_mlp64",))
@@ -65,7 +72,7 @@ def main(out: Path, specs: list[str]) -> None:
         noise = initial_noise(setup, shardings, config.eval.batch_size)
         samples = kept[NUM_STEPS]
         arrays = {"noise": noise, "labels": samples.labels, "images": samples.images}
-        np.savez(out / f"{spec}.npz", **arrays)
+        np.savez(out / f"{spec}.npz", decoded=decoded(mesh), **arrays)
         (out / f"{spec}.json").write_text(json.dumps(found.records))
 
 
