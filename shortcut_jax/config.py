@@ -157,7 +157,7 @@ def build(
     """A config file's `get_config(arg)`: defaults, then the file, then what the argument says.
 
     Args:
-      arg: what follows the colon in --config=configs/x.py:ARG, a comma-separated list of
+      arg: what follows the colon in --config=configs/digits.py:ARG, a comma-separated list of
         "objective=NAME", "model=SIZE/PATCH" (e.g. B/2), "authors_code", and names in `variants`.
       base: sets the file's own values.
       variants: named changes the file offers, e.g. {"small": ...}.
