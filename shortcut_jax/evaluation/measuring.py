@@ -5,9 +5,9 @@ need of them in one pass; every number written with its whole protocol.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,7 +24,18 @@ from shortcut_jax.metrics.protocols import QUANTISE
 from shortcut_jax.parallel import distributed, sharding
 from shortcut_jax.progress import Progress
 
+T = TypeVar("T")
 Outputs = Callable[[], dict[str, NDArray[np.float32]]]  # of a network, waited for when called
+Gathered = dict[str, Callable[[], NDArray[np.float32]]]  # the same of all processes
+
+
+class Batch(NamedTuple):
+    """Samples on their way into summaries."""
+
+    first: int  # index of the first sample
+    images: NDArray[np.float32]  # of this process
+    labels: jax.Array  # of all
+    outputs: list[Gathered]  # by gauge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +146,7 @@ class Evaluator:
             collections = [gauge.of_samples(section.batch_size) for gauge in self._gauges]
             images, _ = self._dispatch(params, cell, 0)
             begun = self._begin(sharding.local_rows(images))
-            self._update(collections, begun, section.batch_size)
+            self._update(collections, self._gather(begun), section.batch_size)
 
     def _sample(
         self, params: Any, cell: Cell, partial: Partial, sink: Sink | None
@@ -155,54 +166,39 @@ class Evaluator:
                 {k.removeprefix(prefix): a for k, a in stored.items() if k.startswith(prefix)}
             )
         progress = Progress(f"samples in {cell.num_steps} steps", total, begin)
-        for first, images, labels, outputs in self._measured(params, cell, begin):
-            n = min(size, total - first)  # the last batch is sampled whole and cut
-            self._update(collections, outputs, n)
+        for batch in self._batches(params, cell, begin):
+            n = min(size, total - batch.first)  # the last batch is sampled whole and cut
+            self._update(collections, batch.outputs, n)
             if sum(map(len, pictures)) < section.grid_rows:
-                pictures.append(sampling.to_uint8(self._whole(images)[:n]))
-            done = first + n
+                pictures.append(sampling.to_uint8(self._whole(batch.images)[:n]))
+            done = batch.first + n
             if sink is not None:
-                rows = self._whole(images)[:n], sharding.to_host(labels)[:n]
+                rows = self._whole(batch.images)[:n], sharding.to_host(batch.labels)[:n]
                 if distributed.writes():
-                    sink.write(first, *rows)
+                    sink.write(batch.first, *rows)
             if distributed.writes():
                 partial.store(_state(done, pictures, collections), now=done == total)
             progress(done)
         return collections, np.concatenate(pictures)[: section.grid_rows]
 
-    def _measured(
-        self, params: Any, cell: Cell, begin: int
-    ) -> Iterator[tuple[int, NDArray[np.float32], jax.Array, list[Outputs]]]:
-        """As `_batches`, with what the gauges see in the images of this process.
+    def _batches(self, params: Any, cell: Cell, begin: int) -> Iterator[Batch]:
+        """All samples from `begin` on, in order.
 
-        Devices do what they are given in turn. So that they always have something, batch i + 2 is
-        drawn, and the features of batch i + 1 are on their way, before those of batch i are read.
-        """
-        ahead = None
-        for first, images, labels in self._batches(params, cell, begin):
-            following = first, images, labels, self._begin(images)
-            if ahead is not None:
-                yield ahead
-            ahead = following
-        if ahead is not None:
-            yield ahead
-
-    def _batches(
-        self, params: Any, cell: Cell, begin: int
-    ) -> Iterator[tuple[int, NDArray[np.float32], jax.Array]]:
-        """Index of the first sample, images of this process, labels of all, batch by batch.
-
-        The next batch is given to the devices before this one is fetched.
+        Devices do what they are given in turn. So that they always have something, batch i + 3 is
+        drawn, the networks of the gauges see batch i + 2, and what they gave for batch i + 1 is
+        sent to all processes, before that of batch i is read.
         """
         section = self._setup.config.eval
-        ahead = None
-        for first in range(begin, section.num_samples, section.batch_size):
-            following = first, *self._dispatch(params, cell, first)
-            if ahead is not None:
-                yield ahead[0], sharding.local_rows(ahead[1]), ahead[2]
-            ahead = following
-        if ahead is not None:
-            yield ahead[0], sharding.local_rows(ahead[1]), ahead[2]
+        firsts = range(begin, section.num_samples, section.batch_size)
+        drawn = ((first, *self._dispatch(params, cell, first)) for first in firsts)
+        seen = (
+            (first, own := sharding.local_rows(images), labels, self._begin(own))
+            for first, images, labels in one_ahead(drawn)
+        )
+        return one_ahead(
+            Batch(first, own, labels, self._gather(begun))
+            for first, own, labels, begun in one_ahead(seen)
+        )
 
     def _dispatch(self, params: Any, cell: Cell, first: int) -> tuple[jax.Array, jax.Array]:
         """Starts one batch of samples, decoded, and their labels; all have one shape."""
@@ -214,16 +210,24 @@ class Evaluator:
         """Gives images to the network of every gauge, without waiting for it."""
         return [gauge.extractor.begin(images) for gauge in self._gauges]
 
+    def _gather(self, begun: Sequence[Outputs]) -> list[Gathered]:
+        """Waits for what the networks give for the rows of this process; not for that of others."""
+        mesh = self._setup.mesh
+        return [
+            {name: sharding.begin_gather(rows, mesh) for name, rows in outputs().items()}
+            for outputs in begun
+        ]
+
     def _update(
-        self, collections: Sequence[gauges_lib.Collection], begun: Sequence[Outputs], n: int
+        self, collections: Sequence[gauges_lib.Collection], outputs: Sequence[Gathered], n: int
     ) -> None:
-        """Adds the first n images of a batch, of which each process has its own rows."""
-        for outputs, collection in zip(begun, collections, strict=True):
-            collection.update({k: self._whole(a)[:n] for k, a in outputs().items()})
+        """Adds the first n images of a batch."""
+        for gathered, collection in zip(outputs, collections, strict=True):
+            collection.update({name: finish()[:n] for name, finish in gathered.items()})
 
     def _whole(self, rows: NDArray[Any]) -> NDArray[Any]:
         """A batch of which each process has its own rows."""
-        return sharding.gather_rows(rows, self._setup.mesh)
+        return sharding.begin_gather(rows, self._setup.mesh)()
 
     def _sampler(self, cfg_scale: float) -> sampling.Sampler:
         if cfg_scale not in self._samplers:
@@ -290,6 +294,16 @@ class Evaluator:
             "extractor_sha256": extractor.sha256,
             **(against if metrics.find(name).needs_reference else {}),
         }
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each given when the one after it is there, too."""
+    ahead: list[T] = []
+    for item in items:
+        ahead.append(item)
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+    yield from ahead
 
 
 def _state(

@@ -6,7 +6,7 @@ anything between is both: mesh shapes, not code. On several slices each has whol
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -126,8 +126,17 @@ def local_rows(a: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
 
 
-def gather_rows(rows: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Rows of a batch, each process giving what `local_rows` gives it, whole on every process."""
+def begin_gather(rows: np.ndarray, mesh: Mesh) -> Callable[[], np.ndarray]:
+    """Sends the rows of a batch to all processes, without waiting for it.
+
+    Args:
+      rows: what `local_rows` gives this process.
+      mesh: of all processes; they call this in one order, with programs that exchange anything.
+
+    Returns:
+      What waits, and gives the whole batch.
+    """
     if jax.process_count() == 1:
-        return rows
-    return to_host(to_global(rows, batch_sharding(mesh)))
+        return lambda: rows
+    whole = jax.device_put(to_global(rows, batch_sharding(mesh)), replicated(mesh))
+    return lambda: np.asarray(whole)

@@ -4,6 +4,7 @@ python -m tests.programs.several OUT --config=FILE ... does in turn what a run d
 leaves as a preempted one does:
 
   gathers and agrees; one process fails alone, and all hear of it
+  sends rows to all, several batches before any is waited for
   saves a checkpoint in OUT/checkpoints from a mesh over all devices, while these go on to change
   its arrays in place and to exchange what they hold, and reads it back
   process 1 is sent SIGTERM, twice, and all leave at the same step, which OUT/left_P says
@@ -47,6 +48,15 @@ def agree() -> None:
         assert "this host has no disk." in str(error)
 
 
+def gather_rows() -> None:
+    mesh = sharding.make_mesh(jax.device_count(), 1)
+    own = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
+    whole = [np.random.default_rng(i).random((4 * jax.process_count(), 3)) for i in range(4)]
+    begun = [sharding.begin_gather(batch[own].astype(np.float32), mesh) for batch in whole]
+    for batch, finish in zip(whole, begun, strict=True):
+        np.testing.assert_array_equal(finish(), batch.astype(np.float32))
+
+
 def change(tree):
     mean = tree["params"]["kernel"].mean()  # of what all devices have
     return jax.tree.map(lambda a: a - mean, tree)
@@ -87,6 +97,7 @@ def leave(out: Path) -> None:
 
 def main() -> None:
     agree()
+    gather_rows()
     save(OUT)
     leave(OUT)
 
