@@ -161,9 +161,12 @@ class Objective(abc.ABC):
           The targets, in the batch's row order, and scalars to log.
         """
 
-    def adaptive_weight(self, squared_error: jax.Array) -> jax.Array:
-        """Weight [B] of rows by their squared error [B], summed over pixels; no gradient in it."""
-        return jnp.ones_like(squared_error)
+    def adaptive_weight(self, row_loss: jax.Array, pixels: int) -> jax.Array:
+        """Weight [B] of rows by their loss, the mean squared error over so many pixels [B].
+
+        There is no gradient in it.
+        """
+        return jnp.ones_like(row_loss)
 
     def check_steps(self, num_steps: int) -> None:
         """Refuses a number of sampling steps that the method is not defined for (UserError)."""

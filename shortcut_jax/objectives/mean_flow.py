@@ -109,8 +109,11 @@ class MeanFlow(base.Objective):
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), targets)
         return flat, {"target_rms": common.rms(target), "du_dt_rms": common.rms(du_dt)}
 
-    def adaptive_weight(self, squared_error):
-        return (squared_error + 0.01) ** -self.weight_power
+    def adaptive_weight(self, row_loss, pixels):
+        # Of the squared error summed over pixels, which is what MeanFlow weights: the loss of a row
+        # is about 1. Divided by the pixels, gradients on latents would be below Adam's epsilon.
+        squared_error = pixels * row_loss
+        return pixels * (squared_error + 0.01) ** -self.weight_power
 
     def guided(self, num_steps):
         return False  # the targets are

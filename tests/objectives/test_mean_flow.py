@@ -336,10 +336,13 @@ def test_targets_are_a_function_of_seed_and_step():
 
 
 def test_adaptive_weight_by_hand():
-    error = jnp.asarray([0.0, 0.99, 3.99])
+    error = jnp.asarray([0.0, 0.99, 3.99])  # summed over pixels
     for power, expected in ((1.0, [100, 1, 0.25]), (0.5, [10, 1, 0.5]), (0.0, [1, 1, 1])):
-        weight = make_objective(weight_power=power).adaptive_weight(error)
-        np.testing.assert_allclose(weight, expected, rtol=1e-5)
+        weight = make_objective(weight_power=power).adaptive_weight(error / 64, pixels=64)
+        np.testing.assert_allclose(weight / 64, expected, rtol=1e-5)
+        # What is minimised is the weighted sum, whatever the number of pixels.
+        on_latents = make_objective(weight_power=power).adaptive_weight(error / 4096, pixels=4096)
+        np.testing.assert_allclose(on_latents * error / 4096, weight * error / 64, rtol=1e-5)
     assert MeanFlow(null_label=NULL).weight_power == 1
 
 
