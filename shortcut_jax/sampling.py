@@ -154,9 +154,8 @@ def make_program(
         )
 
     def run(params, request, seed, num_steps):
-        local = jax.tree.map(
-            lambda a: a.reshape(jax.process_count(), -1)[jax.process_index()], request
-        )
+        own = sharding.own_rows(len(jax.tree.leaves(request)[0]), mesh)
+        local = jax.tree.map(lambda a: a[own], request)
         guided = objective.cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
         return program(guided)(
             params, sharding.to_global(local, rows), np.uint32(seed), np.int32(num_steps)

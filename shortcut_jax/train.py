@@ -87,7 +87,7 @@ def make_train_step(
             predict = state.apply_fn(network.clone(rows=None)) if own else apply
             prediction = predict(params, rows.x_t, rows.t, rows.d, rows.labels)
             row_loss = jnp.mean((prediction - rows.target) ** 2, axis=(1, 2, 3))  # [B]
-            adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss) * pixels)
+            adaptive = objective.adaptive_weight(jax.lax.stop_gradient(row_loss), pixels)
             return jnp.mean(rows.weight * adaptive * row_loss), row_loss
 
         (loss, row_loss), grads = accumulation.value_and_grad(
@@ -241,8 +241,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         seed=config.seed,
         start_step=first,
         num_steps=max(config.total_steps - first, 0),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.own_rows(config.batch_size, mesh),
         flip=config.data.flip and train_data.holds != "samples",
         num_workers=config.data.get("workers", 0) if train_data.holds == "images" else 0,
         prefetch=max(8, config.steps_per_dispatch),

@@ -19,7 +19,6 @@ import numpy as np
 from shortcut_jax.closing import Closing
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.data.workers import Workers
-from shortcut_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -77,8 +76,7 @@ def batches(
     seed: int,
     start_step: int,
     num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     flip: bool = False,
     num_threads: int = 2,
     prefetch: int = 8,
@@ -86,8 +84,8 @@ def batches(
 ) -> Batches:
     """Iterates over this process's rows of the batches start_step .. start_step + num_steps - 1.
 
-    Process p of P owns the contiguous rows [p * b, (p + 1) * b), b = batch_size / P, of every
-    global batch. Batches are made ahead of time in threads; `close()` stops them early.
+    What row k of a global batch is does not depend on who asks for it. Batches are made ahead of
+    time in threads; `close()` stops them early.
 
     With worker processes a thread has its rows read by one of them, so order and values are those
     of threads alone. (grain's own `mp_prefetch` deals steps to processes too, but its processes
@@ -95,6 +93,7 @@ def batches(
 
     Args:
       batch_size: rows of the global batch.
+      rows: which of them, ascending [b], e.g. `sharding.own_rows`; None for all.
       flip: mirror each row left-right with probability 1/2.
       num_threads: threads that make batches; 0 makes each when it is asked for.
       prefetch: batches made ahead; at least one per worker process.
@@ -105,17 +104,9 @@ def batches(
       Iterator of {"image": float32 [b, H, W, C], pixels in -1..1, "label": int32 [b]}, and whatever
       else the data set has.
 
-    Raises:
-      UserError: batch_size is not a positive multiple of process_count. `next` raises what reading
-        raises, in a worker process too.
+    `next` raises what reading raises, in a worker process too.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} cannot be shared equally by the processes; expected a "
-            f"positive multiple of their number, {process_count}: change batch_size."
-        )
-    share = batch_size // process_count
-    owned = np.arange(process_index * share, (process_index + 1) * share)
+    owned = np.arange(batch_size) if rows is None else rows
     epoch_order = _cached_order(seed, dataset.size)
     workers = None
     if num_workers:
@@ -126,14 +117,14 @@ def batches(
 
     def make_batch(step: int) -> Batch:
         indices = _row_indices(step * batch_size + owned, dataset.size, epoch_order)
-        mirrored = flips(seed, step, batch_size)[owned] if flip else np.zeros(share, bool)
+        mirrored = flips(seed, step, batch_size)[owned] if flip else np.zeros(len(owned), bool)
         if dataset.has_mirrors:
             return dataset.rows(indices + dataset.size * mirrored)
-        rows = dict(dataset.rows(indices))
-        image = to_float(rows.pop("image"))
+        found = dict(dataset.rows(indices))
+        image = to_float(found.pop("image"))
         for row in np.flatnonzero(mirrored):  # one by one, for the same reason
             image[row] = image[row, :, ::-1]
-        return {"image": image, **rows}
+        return {"image": image, **found}
 
     steps = grain.MapDataset.range(start_step, start_step + num_steps).map(make_batch)
     return Batches(iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch))), workers)

@@ -31,31 +31,37 @@ RULES = (
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices of all processes; `validation.mesh_shape` gives the sizes.
 
-    Across slices of TPUs, which a slower network joins, goes "data" alone: slice by slice, with
-    every group of `fsdp` devices within one.
+    Neighbours on an axis are neighbours on the wires, of which an axis may take a part. Across
+    slices of TPUs, which a slower network joins, goes "data" alone: slice by slice, with every
+    group of `fsdp` devices within one.
 
     Args:
       data: size of the axis; a multiple of the number of slices.
       fsdp: size of the axis.
-      devices: other ones than those of this run.
+      devices: other ones than those of this run; the first that it takes are used.
     """
-    slices = num_slices(devices or jax.devices())
+    devices = list(devices or jax.devices())[: data * fsdp]
+    slices = num_slices(devices)
     if slices == 1:
-        return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
-    found = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+        found = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    else:
+        found = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp), (slices, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(found, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def num_slices(devices: Sequence[jax.Device] | None = None) -> int:
     """How many slices of TPUs the devices are of (all devices by default); 1 for all else."""
-    return len({getattr(device, "slice_index", None) for device in devices or jax.devices()})
+    devices = devices or jax.devices()
+    # Hosts of GPUs have numbers of slices, too.
+    return len({getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"}) or 1
 
 
 def local_mesh() -> Mesh:
     """A mesh over the devices of this process, for work that processes do by themselves."""
     devices = jax.local_devices()
-    shape = (len(devices), 1)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return make_mesh(len(devices), 1, devices)
 
 
 def platform(mesh: Mesh) -> str:
@@ -104,9 +110,30 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     return PartitionSpec()
 
 
+def own_rows(count: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch of `count` are on devices of this process, ascending.
+
+    They need not be neighbours: on TPUs a mesh follows the wires between chips, not the hosts.
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return np.sort(np.concatenate([np.arange(count)[place] for place in places]))
+
+
 def to_global(tree: Any, sharding: NamedSharding) -> Any:
-    """Host arrays, each process giving its own rows, to arrays of the whole batch on the mesh."""
+    """Host arrays, each process giving its `own_rows`, to arrays of the whole batch on the mesh."""
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), tree)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays, the same on every process, whole on every device; nothing is exchanged.
+
+    (jax.device_put compares the processes' arrays, for which all of them must get there.)
+    """
+    everywhere = replicated(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(np.shape(a), everywhere, lambda _: np.asarray(a)),
+        tree,
+    )
 
 
 def to_host(a: jax.Array) -> np.ndarray:

@@ -93,13 +93,18 @@ class Device:
     id: int
     slice_index: int
     process_index: int
-    platform: str = "cpu"
-    device_kind: str = "fake"
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
 
 
-def slices_of(num_slices, size):
-    """Devices of slices, in an order that says nothing."""
-    devices = [Device(i, i // size, i // 4) for i in range(num_slices * size)]
+def slices_of(num_slices, size, platform="tpu"):
+    """Devices of slices, in an order that says nothing; a slice is a torus of 4 by `size` / 4."""
+    devices = [
+        Device(i, i // size, i // 4, (i % size % 4, i % size // 4, 0), platform)
+        for i in range(num_slices * size)
+    ]
     return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
 
 
@@ -118,6 +123,29 @@ def test_slices_are_whole_rows_of_the_data_axis(data, fsdp):
 def test_a_machine_without_slices_is_one():
     assert sharding.num_slices() == 1
     assert sharding.num_slices(slices_of(1, 8)) == 1
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8, 16])
+def test_an_axis_may_have_a_part_of_the_wires(fsdp):
+    mesh = sharding.make_mesh(16 // fsdp, fsdp, slices_of(1, 16))
+    assert dict(mesh.shape) == {"data": 16 // fsdp, "fsdp": fsdp}
+    assert {device.id for device in mesh.devices.flat} == set(range(16))
+
+
+def test_hosts_of_gpus_are_no_slices():
+    devices = slices_of(2, 8, platform="gpu")  # which have numbers of slices
+    assert sharding.num_slices(devices) == 1
+    ids = np.vectorize(lambda device: device.id)(sharding.make_mesh(1, 16, devices).devices)
+    np.testing.assert_array_equal(ids, [np.arange(16)])
+
+
+# ------------------------------------------------------------------ rows
+
+
+def test_own_rows_of_the_only_process_are_all():
+    np.testing.assert_array_equal(
+        sharding.own_rows(6, sharding.make_mesh(1, 1)), np.arange(6)
+    )  # of several: tests/programs/several.py
 
 
 # ------------------------------------------------------------------ every parameter

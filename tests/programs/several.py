@@ -4,7 +4,7 @@ python -m tests.programs.several OUT --config=FILE ... does in turn what a run d
 leaves as a preempted one does:
 
   gathers and agrees; one process fails alone, and all hear of it
-  sends rows to all, several batches before any is waited for
+  places, gathers and samples rows on a mesh whose order is not that of the processes
   saves a checkpoint in OUT/checkpoints from a mesh over all devices, while these go on to change
   its arrays in place and to exchange what they hold, and reads it back
   process 1 is sent SIGTERM, twice, and all leave at the same step, which OUT/left_P says
@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax import checkpoint, config_flag
+from shortcut_jax import checkpoint, config_flag, objectives, sampling
 from shortcut_jax.errors import UserError
 from shortcut_jax.parallel import distributed, preemption, sharding
 from tests.programs.restore_on_meshes import make_state, place
@@ -48,13 +49,29 @@ def agree() -> None:
         assert "this host has no disk." in str(error)
 
 
-def gather_rows() -> None:
-    mesh = sharding.make_mesh(jax.device_count(), 1)
-    own = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
-    whole = [np.random.default_rng(i).random((4 * jax.process_count(), 3)) for i in range(4)]
-    begun = [sharding.begin_gather(batch[own].astype(np.float32), mesh) for batch in whole]
-    for batch, finish in zip(whole, begun, strict=True):
-        np.testing.assert_array_equal(finish(), batch.astype(np.float32))
+def rows_stay_in_order() -> None:
+    """On a mesh that goes from one process to the other and back, as on a TPU's torus."""
+    here, *rest, last = sorted(jax.devices(), key=lambda device: device.id)
+    order = np.array([here, *rest[1:], last, rest[0]]).reshape(-1, 1)
+    mesh = jax.sharding.Mesh(order, sharding.AXES)
+    count = 2 * len(order)
+    own = sharding.own_rows(count, mesh)
+    assert jax.process_index() or np.any(np.diff(own) > 1)  # the others' rows are between
+    batches = [np.random.default_rng(i).random((count, 3), np.float32) for i in range(4)]
+    for batch in batches:
+        placed = sharding.to_global(batch[own], sharding.batch_sharding(mesh))
+        np.testing.assert_array_equal(sharding.to_host(placed), batch)
+        np.testing.assert_array_equal(sharding.local_rows(placed), batch[own])
+    begun = [sharding.begin_gather(batch[own], mesh) for batch in batches]
+    for batch, finish in zip(batches, begun, strict=True):
+        np.testing.assert_array_equal(finish(), batch)
+    images, labels = sampling.make_sampler(
+        objectives.build("flow_matching", num_classes=10), lambda params, x, *_: jnp.zeros_like(x),
+        sharding.replicated(mesh), mesh, seed=0, image_shape=(2, 2, 1), num_classes=10,
+    )(np.zeros(()), np.arange(count), 1)  # fmt: skip
+    wanted = sampling.initial(0, jnp.arange(count, dtype=jnp.uint32), (2, 2, 1), 10)
+    np.testing.assert_array_equal(sharding.to_host(images), wanted[0])
+    np.testing.assert_array_equal(sharding.to_host(labels), wanted[1])
 
 
 def change(tree):
@@ -97,7 +114,7 @@ def leave(out: Path) -> None:
 
 def main() -> None:
     agree()
-    gather_rows()
+    rows_stay_in_order()
     save(OUT)
     leave(OUT)
 
