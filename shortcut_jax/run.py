@@ -171,6 +171,8 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             for folder in (path.parent, path.parent / "eval"):
                 remove_leftovers(folder)
+            if (finished_step(workdir) or 0) < config.total_steps:  # it goes on
+                (path.parent / FINISHED).unlink(missing_ok=True)
             write_atomically(path, json.dumps(flat, indent=1, sort_keys=True).encode())
         except OSError as error:
             raise UserError(

@@ -62,7 +62,7 @@ class Pixels:
 class Latents:
     """The network works on an autoencoder's latents, drawn from their posterior and scaled.
 
-    The weights are read when they are first needed.
+    The weights are read when they, or their hash, are first needed.
 
     Attributes:
       kind: key of `autoencoder.ARCHITECTURES`.
@@ -81,7 +81,7 @@ class Latents:
 
         Mean and log-variance of the posterior, one behind the other, not scaled.
         """
-        return self._encode(self._loaded.params, images)
+        return self._encode(self._params, images)
 
     def draw(self, draw: Draw, moments: jax.Array) -> jax.Array:
         """x_1 [B, h, w, c] float32, of variance about 1, from the posterior of moments.
@@ -95,7 +95,7 @@ class Latents:
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] float32, about in [-1, 1], of samples x [B, h, w, c]."""
-        return self._decode(self._loaded.params, x)
+        return self._decode(self._params, x)
 
     def identify(self, images: Dataset) -> Dataset:
         """The same images with a fingerprint that names the weights, too."""
@@ -113,9 +113,12 @@ class Latents:
 
     @functools.cached_property
     def _loaded(self) -> autoencoder_weights.Weights:
-        found = autoencoder_weights.load(self.weights, self.kind)
-        params = jax.device_put(found.params, sharding.replicated(self.mesh))
-        return found._replace(params=params)
+        return autoencoder_weights.load(self.weights, self.kind)
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        # A run on stored latents, without evaluations, has them on no device.
+        return sharding.replicate(self._loaded.params, self.mesh)
 
     @functools.cached_property
     def _encode(self):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, state, train, validation
+from shortcut_jax import data, run, state, train, validation
 from shortcut_jax.data.sources import Dataset
 
 SMALL = "--config=configs/digits.py:small"
@@ -94,6 +94,16 @@ def test_a_finished_run_started_again_changes_nothing(fresh, tmp_path):
     assert train.train(digits.get_config("small"), workdir).step == 8
     for name in ("metrics.jsonl", "config.json", "eval/results.jsonl"):
         assert (workdir / name).read_bytes() == (fresh[0] / name).read_bytes()
+    assert run.finished_step(workdir) == 8
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(fresh, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(fresh[0], workdir)
+    config = digits.get_config("small")
+    config.total_steps = 12
+    run.claim_workdir(config, workdir)
+    assert run.finished_step(workdir) is None
 
 
 def test_dry_run_prints_and_writes_nothing(run_python, tmp_path):

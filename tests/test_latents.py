@@ -143,6 +143,14 @@ def test_samples_go_back_through_the_decoder(setup, rows):
     np.testing.assert_allclose(setup.space.decode(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_hash_of_the_weights_takes_no_device(setup, images, monkeypatch):
+    """A process that fails beside this one cannot be waited for, and memory is scarce."""
+    monkeypatch.setattr(sharding, "replicate", lambda *_: pytest.fail("they were placed"))
+    space = spaces.Latents("tiny", "random", 1.0, setup.mesh)
+    assert space.identify(images).fingerprint == setup.space.identify(images).fingerprint
+    assert space.record() == setup.space.record()
+
+
 @pytest.mark.parametrize("way, shape", [("decode", (8, 8, 4)), ("encode", (64, 64, 3))])
 def test_memory_does_not_grow_with_the_rows(setup, way, shape):
     def temporaries(rows):
