@@ -94,10 +94,14 @@ def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Options to compile a program that differentiates the network with, for a platform.
 
     On a CPU XLA drops optimisation barriers before it fuses, and with them what
-    `DiT.residual_barrier` is for; this keeps them.
+    `DiT.residual_barrier` is for; its option keeps them. On a GPU, without its option, sums that
+    scatter, as the gradient of the table of labels is, add in another order every time.
     """
-    on_cpu = (platform or jax.default_backend()) == "cpu"
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpu else {}
+    options: dict[str, dict[str, Any]] = {
+        "cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"},
+        "gpu": {"xla_gpu_exclude_nondeterministic_ops": True},
+    }
+    return options.get(platform or jax.default_backend(), {})
 
 
 def apply_fn(network: DiT) -> Callable[..., Any]:

@@ -97,3 +97,11 @@ def test_ways_to_compute_a_step_agree(way, plainly):
         assert found == pytest.approx(wanted, rel=1e-5, nan_ok=True)
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6), params, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_compiler_knows_the_options(platform):
+    """On every platform: it refuses names that it does not know."""
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert lowered.compile(compiler_options=state.compiler_options(platform))(1.0) == 2
+    assert bool(state.compiler_options(platform)) == (platform != "tpu")
