@@ -45,9 +45,8 @@ what is computed again, counted before the step is compiled. GB accessed are the
 the step unrolled, by those with one block and with two (it counts the body of a loop once); under
 fsdp it makes loops of its own, and nothing is said; for DiT-XL it was not counted. The last column
 is a batch that fits by the same compilation, all memory but the train state and its copy taken to
-grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)); rows with
-"xla" on machines after v3 are of before that kernel. Those without a compile time are of an earlier
-state of the code, which drew step sizes at random and kept more of B's blocks.
+grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)): on
+all machines after v3.
 
 """
 COLUMNS = (
