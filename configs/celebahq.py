@@ -5,8 +5,8 @@ tests train `:small`, the same code on photographs. The values are the paper's (
 where its released code has others).
 
   row of Table 1   DiT-B/2
-  expected FID-50k 6.9 / 13.8 / 20.5 in 128 / 4 / 1 steps, by the authors' protocol,
-                   docs/checkpoints.md
+  expected FID-50k 6.9 / 13.8 / 20.5 in 128 / 4 / 1 steps; under the protocol `authors`, with their
+                   statistics: docs/checkpoints.md
   hardware         the paper: TPU-v3. Fits 8 cores of 16 GB
   cost             400,000 updates of 64 images; each row 3.5 forward passes
 
