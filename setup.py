@@ -12,9 +12,9 @@ setup(
     package_data={"shortcut_jax": ["metrics/weights/*"]},
     # Neither TensorFlow nor PyTorch, on purpose: everything below runs without them.
     install_requires=[
-        "absl-py>=2",  # flags and logging of the two entry points
+        "absl-py>=2",  # flags and logging of the commands
         "array-record>=0.8.1",  # the file format of prepared data sets (random access)
-        "clu>=0.0.12",  # metrics.Collection, parameter_overview: metrics across devices and hosts
+        "clu>=0.0.12",  # metrics.Average of what is logged, parameter_overview
         "flax>=0.12.8,<0.13",  # linen modules; 0.x: a minor release may break
         "grain>=0.2.18",  # input pipeline whose position is checkpointed; its `import grain` API
         "importlib_resources>=5",  # used by tensorflow-datasets to prepare data, undeclared there

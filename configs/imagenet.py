@@ -5,11 +5,12 @@ tests train `:small`, the same code on photographs. The values are the paper's (
 where its released code has others).
 
   row of Table 1   :b, the default, is DiT-B/2; :xl is DiT-XL/2 (scaling figure)
-  expected FID-50k 15.5 / 28.3 / 40.3 in 128 / 4 / 1 steps (B), 3.8 / 7.8 / 10.6 (XL); by the
-                   authors' protocol, docs/checkpoints.md
+  expected FID-50k 15.5 / 28.3 / 40.3 in 128 / 4 / 1 steps (B), 3.8 / 7.8 / 10.6 (XL); under the
+                   protocol `authors`, with their statistics: docs/checkpoints.md
   hardware         the paper: TPU-v3. B fits 8 cores of 16 GB, XL wants --config.mesh.fsdp=8 there
-  cost             800,000 updates of 256 images, 162 epochs; each row 3.6 forward passes
+  cost             800,000 updates of 256 images, 160 epochs; each row 3.6 forward passes
 
+  python -m shortcut_jax.prepare --source=imagenet/train --name=imagenet2012 --workers=16
   python -m shortcut_jax.download sd-vae-ft-mse --out=vae.safetensors
   python -m shortcut_jax.download inception-2015-12-05 --out=inception.pth
   python -m shortcut_jax.cache_latents --config=configs/imagenet.py --out=/data/latents \
@@ -19,8 +20,8 @@ where its released code has others).
   python -m shortcut_jax.eval --config=configs/imagenet.py --workdir=runs/imagenet \
       --config.autoencoder.weights=vae.safetensors --config.eval.inception_weights=inception.pth
 
-Data: TFDS's imagenet2012 as array_record, or a folder or zip of images (docs/data.md). Other rows:
---config=configs/imagenet.py:objective=flow_matching.
+Data: a folder or zip with one folder for each class, or TFDS's imagenet2012 as array_record, which
+needs no `prepare` (docs/data.md). Other rows: --config=configs/imagenet.py:objective=flow_matching.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,4 @@
-"""Measures how fast parts of shortcut_jax are here; docs/speed.md, docs/data.md,
-docs/autoencoder.md, docs/metrics_speed.md.
+"""Measures how fast parts of shortcut_jax are here; docs/speed.md has a line for each part.
 
 python -m shortcut_jax.benchmark --parts=data,vae --out=benchmark.json
 taskset -c 1 python -m shortcut_jax.benchmark --parts=data --tf_python=/envs/tf/bin/python

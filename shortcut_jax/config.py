@@ -110,9 +110,9 @@ OPTIONAL: dict[str, Any] = {
     "autoencoder.weights": "",  # path of diffusion_pytorch_model.safetensors, or "random"
     "autoencoder.scale": 0.18215,  # latents times this have variance about 1
     # For metrics of published networks, docs/metrics.md.
-    "eval.protocols": ("adm",),  # adm | pytorch_fid | clean | authors: how images are prepared
+    "eval.protocols": ("adm",),  # adm | pytorch_fid | clean | authors | edm2 | dgm_eval
     "eval.reference": "",  # file made by `eval ref`; "" = the images of data.split
-    "eval.allow_small_n": False,  # measure a FID of fewer than 2,048 images
+    "eval.allow_small_n": False,  # measure fewer images than a metric needs
     "eval.inception_weights": "",  # file of the FID's network; "random" for a trial without it
     "eval.inception_sha256": "",  # of that file; "" = the published one, else it is no FID
     "eval.dinov2_weights": "",  # as inception_weights, of the network of fd_dinov2
