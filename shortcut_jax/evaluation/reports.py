@@ -102,13 +102,13 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each metric, protocol, kind of parameters and guidance; a column for each number of
     sampling steps."""
     columns = sorted({r["sampling_steps"] for r in records})
-    values = {(row_name(r, records), r["sampling_steps"]): r["value"] for r in records}
+    values = {(row_name(r, records), r["sampling_steps"]): f"{r['value']:.3f}" for r in records}
     names = list(dict.fromkeys(name for name, _ in values))
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{n:>9}" for n in columns) + "   sampling steps"]
+    width, column = max(map(len, names)), max(9, *(len(value) + 2 for value in values.values()))
+    lines = [" " * width + "".join(f"{n:>{column}}" for n in columns) + "   sampling steps"]
     for name in names:
-        cells = [f"{values[name, n]:9.3f}" if (name, n) in values else " " * 9 for n in columns]
-        lines.append(f"{name:<{width}}" + "".join(cells))
+        cells = (values.get((name, n), "") for n in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
     return "\n".join(lines)
 
 

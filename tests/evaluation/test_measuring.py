@@ -276,3 +276,5 @@ def test_table_has_a_row_per_metric_and_a_column_per_number_of_steps():
     assert a.split() == ["a", "1.000", "2.000"]
     assert longer.split() == ["longer", "3.500"]
     assert longer.index("3.500") == a.index("2.000")
+    records.append({**same, "metric": "a", "sampling_steps": 2, "value": 123456.0})
+    assert reports.table(records).splitlines()[1].split() == ["a", "1.000", "123456.000", "2.000"]
