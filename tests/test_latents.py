@@ -1,6 +1,7 @@
 """Latents: drawn from moments, the same from a cache and encoded on the way; caches and damage."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,9 @@ from tests.untrained_runs import save_run
 
 SHAPE = (4, 4, 8)  # of the moments of 32x32 images
 COUNT = 20
+
+plain_encode = jax.jit(functools.partial(autoencoder.encode, architecture=autoencoder.TINY))
+plain_decode = jax.jit(functools.partial(autoencoder.decode, architecture=autoencoder.TINY))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,9 +94,7 @@ def test_rows_are_the_moments_of_image_and_mirror(setup, images, cache):
     params = autoencoder_weights.load("random", "tiny").params
     for mirrored in (False, True):
         picture = rows["image"][:, :, ::-1] if mirrored else rows["image"]
-        expected = np.concatenate(
-            autoencoder.encode(params, picture / np.float32(127.5) - 1, autoencoder.TINY), axis=-1
-        )
+        expected = np.concatenate(plain_encode(params, picture / np.float32(127.5) - 1), axis=-1)
         found = cached.rows(order + COUNT * mirrored)
         assert found["image"].dtype == np.float16
         np.testing.assert_allclose(found["image"], expected, rtol=2**-10, atol=1e-4)
@@ -139,7 +141,7 @@ def test_cached_latents_equal_those_encoded_on_the_way(setup, images, cache, ste
 def test_samples_go_back_through_the_decoder(setup, rows):
     x = jax.random.normal(jax.random.key(0), (rows, 4, 4, 4))
     params = autoencoder_weights.load("random", "tiny").params
-    expected = autoencoder.decode(params, x / 0.18215, autoencoder.TINY)
+    expected = plain_decode(params, x / 0.18215)
     np.testing.assert_allclose(setup.space.decode(x), expected, rtol=1e-5, atol=1e-5)
 
 
