@@ -47,7 +47,9 @@ def write(workdir: Path, config: ConfigDict) -> None:
 def summarise(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The content of table1.json from the RESULTs of the rows, ordered by row and seed."""
     records = [record for row in done for record in row["records"]]
-    protocol: dict[str, Any] = {key: records[0][key] for key in PROTOCOL}
+    # The Inception score compares with nothing and says nothing of a reference.
+    example = next((record for record in records if "reference" in record), records[0])
+    protocol: dict[str, Any] = {key: example[key] for key in PROTOCOL if key in example}
     protocol["commit"] = ", ".join(dict.fromkeys(record["commit"] for record in records))
     rows: dict[str, Any] = {}
     for row in done:
@@ -83,12 +85,20 @@ def markdown(summary: Mapping[str, Any]) -> str:
 def _protocol_text(summary: Mapping[str, Any]) -> str:
     p = summary["protocol"]
     return (
-        f"Data set {summary['data']}; {p['num_samples']:,} samples of the {p['params']} parameters "
-        f"against {p['reference_size']:,} images of {p['reference']}; {p['dtype']} on "
-        f"{p['backend']}, jax {p['jax']}, commit {p['commit']}. Left the paper's FID-50k of DiT-B "
+        f"Data set {summary['data']}; {p['num_samples']:,} samples of the {p['params']} parameters"
+        f"{_against(p)}; {p['dtype']} on {p['backend']}, jax {p['jax']}, commit {p['commit']}. "
+        "Left the paper's FID-50k of DiT-B "
         "(in parentheses: not made for this number of steps; with a question mark: unverified), "
         "right ours: mean ± half the range over the seeds, whose number stands behind the name."
     )
+
+
+def _against(protocol: Mapping[str, Any]) -> str:
+    if "reference" not in protocol:
+        return ""
+    size = protocol["reference_size"]  # None where the statistics of others do not say
+    number = "an unknown number of" if size is None else f"{size:,}"
+    return f" against {number} images of {protocol['reference']}"
 
 
 def _table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

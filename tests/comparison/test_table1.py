@@ -150,6 +150,34 @@ def test_values_are_gathered_over_seeds():
     }
 
 
+def record(metric, **reference):
+    protocol = dict.fromkeys(table1_report.PROTOCOL, "x") | {"num_samples": 50_000}
+    protocol = {k: v for k, v in protocol.items() if not k.startswith("reference")}
+    return {"metric": metric, "sampling_steps": 1, "value": 2.0, **protocol, **reference}
+
+
+COUNTED = {"reference": "adm.npz", "reference_size": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("records", "text"),
+    [
+        ([record("fid", **COUNTED)], "parameters against 50,000 images of adm.npz;"),
+        (
+            [record("fid", **COUNTED | {"reference_size": None})],
+            "parameters against an unknown number of images of adm.npz;",
+        ),
+        ([record("is"), record("fid", **COUNTED)], "parameters against 50,000 images of adm.npz;"),
+        ([record("is")], "50,000 samples of the x parameters; x on"),
+    ],
+)
+def test_the_table_says_what_samples_were_compared_with(records, text):
+    spent = {"per_update": 3, "updates": 2, "teacher_updates": 0, "pairs": 0, "teacher": 0}
+    row = {"name": "shortcut", "seed": 0, "budget": spent, "config": {"data.name": "toy"}}
+    found = table1_report.summarise([row | {"records": records}])
+    assert text in table1_report.markdown(json.loads(json.dumps(found)))
+
+
 # ------------------------------------------------------------------ the commands
 
 SMALL = "--config=configs/digits.py:small"
