@@ -190,7 +190,7 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
     """Refuses to evaluate a workdir that is no run, or whose run differs in what evaluation uses.
 
     Raises:
-      UserError: there is no config.json, or its data, model or objective differ.
+      UserError: there is no config.json, or its data, model, objective or EMA differ.
     """
     path = Path(workdir) / "config.json"
     if not os.path.exists(path):
@@ -200,7 +200,7 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
         )
     trained, flat = read_config(workdir), config_lib.flatten(config)
     sees = ("name", "builder", "image_size", "crop", "num_classes")
-    used = ("model.", "objective.", "autoencoder.", *(f"data.{key}" for key in sees))
+    used = ("model.", "objective.", "autoencoder.", "ema_rate", *(f"data.{key}" for key in sees))
     matters = {
         key
         for key in trained.keys() | flat.keys()

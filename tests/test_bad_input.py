@@ -535,6 +535,16 @@ def test_damaged_config_json(tmp_path, data_dir, content, binary):
     assert contents(tmp_path) == {"config.json": content}
 
 
+def test_evaluation_with_another_ema_rate_is_refused(data_dir, tmp_path):
+    config = tiny(data_dir)
+    run.claim_workdir(config, tmp_path)
+    run.check_workdir_for_evaluation(config, tmp_path)
+    config.ema_rate = 0.75  # a record would name it
+    with pytest.raises(UserError) as error:
+        run.check_workdir_for_evaluation(config, tmp_path)
+    assert_sentence(str(error.value), (str(tmp_path / "config.json"), "-> 0.75", "Use that config"))
+
+
 def remove_meta(step: Path) -> None:
     shutil.rmtree(step / "meta")
 
