@@ -91,6 +91,14 @@ def integrate(
     return jax.lax.fori_loop(0, num_steps, body, x)
 
 
+def is_guided(objective: Objective, cfg_scale: float, num_steps: int) -> bool:
+    """Whether each of `num_steps` steps mixes the velocities with and without labels, by two passes.
+
+    With a scale of 0 or 1 it is one of the two, by one pass.
+    """
+    return cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
+
+
 def make_sampler(
     objective: Objective,
     apply: Callable[..., jax.Array],
@@ -156,8 +164,7 @@ def make_program(
     def run(params, request, seed, num_steps):
         own = sharding.own_rows(len(jax.tree.leaves(request)[0]), mesh)
         local = jax.tree.map(lambda a: a[own], request)
-        guided = objective.cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
-        return program(guided)(
+        return program(is_guided(objective, objective.cfg_scale, num_steps))(
             params, sharding.to_global(local, rows), np.uint32(seed), np.int32(num_steps)
         )
 

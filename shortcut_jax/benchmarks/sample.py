@@ -102,7 +102,7 @@ def measure_sampling(
 def sample_flops(setup: run.Setup, num_steps: int) -> float:
     """FLOPs of the network for one sample, by the formula."""
     objective = setup.objective
-    guided = objective.cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
+    guided = sampling.is_guided(objective, objective.cfg_scale, num_steps)
     return num_steps * (1 + guided) * flops.forward(setup.config.model, setup.image_shape)
 
 

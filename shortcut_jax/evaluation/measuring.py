@@ -254,7 +254,7 @@ class Evaluator:
             "params": cell.params,
             "ema_rate": config.ema_rate,
             "cfg_scale": cell.cfg_scale,
-            "guided": setup.objective.guided(cell.num_steps) and cell.cfg_scale != 1.0,
+            "guided": sampling.is_guided(setup.objective, cell.cfg_scale, cell.num_steps),
             "labels": "uniform",
             "seed": config.eval.seed,
             **setup.space.record(),

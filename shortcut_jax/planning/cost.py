@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from shortcut_jax import cli, config_flag, run
+from shortcut_jax import cli, config_flag, run, sampling
 from shortcut_jax import config as config_lib
 from shortcut_jax.comparison import budget, paper_results
 from shortcut_jax.errors import UserError
@@ -108,7 +108,7 @@ def _row(dataset: str, name: str, config: ConfigDict, spent: budget.Budget) -> R
     objective = config_lib.build_objective(config, classes)
     evaluation = {}
     for steps in paper_results.STEPS:
-        guided = objective.guided(steps) and config.objective.cfg_scale not in (0, 1)
+        guided = sampling.is_guided(objective, objective.cfg_scale, steps)
         samples = config.eval.num_samples
         evaluation[steps] = Work(
             network=samples * steps * (1 + guided) * forward,

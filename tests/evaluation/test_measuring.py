@@ -233,6 +233,26 @@ def test_records_carry_the_protocol(measured):
         assert len(record["reference_sha256"]) == 64 and record["commit"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "cfg_scale", "num_steps", "guided"),
+    [
+        ("flow_matching", 1.5, 1, True),
+        ("flow_matching", 1.0, 1, False),
+        ("flow_matching", 0.0, 1, False),  # without labels
+        ("shortcut", 1.5, 128, True),
+        ("shortcut", 1.5, 4, False),  # the guidance is in the weights
+        ("shortcut", 0.0, 128, False),
+    ],
+)
+def test_records_say_guided_where_the_sampler_guides(objective, cfg_scale, num_steps, guided):
+    config = digits.get_config(f"small,objective={objective}")
+    config.objective.update(cfg_scale=cfg_scale, class_dropout=0.1 if cfg_scale else 1.0)
+    config.eval.metrics = ()
+    evaluator = measuring.Evaluator(run.prepare(config), None, None)
+    facts = evaluator._facts(grid.Cell("ema", cfg_scale, num_steps))
+    assert facts["guided"] is guided
+
+
 def test_pictures_are_the_first_samples(measured):
     *_, found, kept = measured
     assert [cell.num_steps for cell in found.samples] == [1, 2]
