@@ -23,6 +23,12 @@ FOLDER = "partial"  # in eval/
 SHARE = 0.01
 
 
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """16 hex digits that name what is JSON."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class Partial:
     """Where a pass stands, in a file named after everything that decides its samples.
 
@@ -32,9 +38,7 @@ class Partial:
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        text = json.dumps(identity, sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._path = folder / f"{name}.npz" if folder else None
+        self._path = folder / f"{digest_of(identity)}.npz" if folder else None
         self._due = time.monotonic()
 
     def load(self) -> dict[str, NDArray[Any]]:

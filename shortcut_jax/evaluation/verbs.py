@@ -1,5 +1,6 @@
 """The verbs of the evaluation binary; their flags are in `shortcut_jax.eval`."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation import image_sets, of_runs, reports, sample_files
 from shortcut_jax.evaluation.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.evaluation.measuring import Evaluation
+from shortcut_jax.evaluation.partial import digest_of
 from shortcut_jax.files import write_atomically
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
@@ -69,10 +71,11 @@ def follow() -> None:
         return
     _check_writable(workdir)
     evaluator = of_runs.RunEvaluator(setup, workdir, grid)
+    followed = functools.partial(_followed, setup, workdir, grid)
     seen = time.monotonic()
     while True:
         ended = run.finished_step(workdir)  # before looking: what it names is there by now
-        steps = [step for step in _steps(workdir) if not _followed(setup, workdir, step).exists()]
+        steps = [step for step in _steps(workdir) if not followed(step).exists()]
         # Others may have looked a moment later.
         ended, steps = distributed.gather([ended, steps])[0]
         for step in steps:
@@ -85,7 +88,7 @@ def follow() -> None:
                 continue
             _print_found(workdir, found)
             if distributed.writes():
-                write_atomically(_followed(setup, workdir, step), b"")
+                write_atomically(followed(step), b"")
             seen = time.monotonic()
         if ended is not None:
             print(f"The run ended at step {ended}.")
@@ -146,9 +149,10 @@ def _steps(workdir: str) -> list[int]:
     )
 
 
-def _followed(setup: run.Setup, workdir: str, step: int) -> Path:
-    name = f"followed_{run.config_hash(setup.config)}"
-    return Path(workdir) / "eval" / str(step) / name
+def _followed(setup: run.Setup, workdir: str, grid: Grid, step: int) -> Path:
+    """Is there when `follow` has evaluated a checkpoint so."""
+    asked = {"config": run.config_hash(setup.config), "ways": cells(setup, grid)}
+    return Path(workdir) / "eval" / str(step) / f"followed_{digest_of(asked)}"
 
 
 def _print_plan(setup: run.Setup, workdir: str, grid: Grid, step: int) -> None:

@@ -51,6 +51,7 @@ def done(evaluate, workdir):
                    metrics],
         "follow": ["follow", *run, "--poll_seconds=0.1", "--steps=1"],
         "again": ["follow", *run, "--poll_seconds=0.1", "--steps=1"],
+        "other": ["follow", *run, "--poll_seconds=0.1", "--steps=1", "--params=online"],
         "stored": ["run", *run, "--config.eval.metrics=('fd_digits',)", "--steps=1", "--dry_run"],
     }  # fmt: skip
     answers = dict(zip(commands, evaluate(*commands.values()), strict=True))
@@ -135,6 +136,13 @@ def test_follow_takes_every_checkpoint_once_and_stops(done, workdir):
     assert answers["again"]["out"] == answers["follow"]["out"].splitlines()[-1] + "\n"
     assert answers["again"]["out"] == "The run ended at step 8.\n"
     assert {r["sampling_steps"] for r in records(workdir) if r["step"] == 4} == {1}
+
+
+def test_follow_takes_every_checkpoint_again_for_another_grid(done, workdir):
+    _, answers = done
+    assert "eval/4/samples.png" in answers["other"]["out"]
+    assert "eval/8/samples.png" in answers["other"]["out"]
+    assert {r["params"] for r in records(workdir) if r["step"] == 4} == {"ema", "online"}
 
 
 def test_a_dry_run_says_what_would_be_done(done):
