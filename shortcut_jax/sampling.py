@@ -92,9 +92,9 @@ def integrate(
 
 
 def is_guided(objective: Objective, cfg_scale: float, num_steps: int) -> bool:
-    """Whether each of `num_steps` steps mixes the velocities with and without labels, by two passes.
+    """Whether each of `num_steps` steps mixes the velocities with and without labels.
 
-    With a scale of 0 or 1 it is one of the two, by one pass.
+    That takes two passes. With a scale of 0 or 1 it is one of the two, by one pass.
     """
     return cfg_scale not in (0.0, 1.0) and objective.guided(num_steps)
 

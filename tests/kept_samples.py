@@ -1,7 +1,9 @@
 """All samples of an evaluation in memory, for tests."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +39,7 @@ def by_steps():
     """Number of sampling steps -> sink, and the function that an evaluation takes."""
     kept: dict[int, Kept] = {}
 
-    def sink(cell: grid.Cell) -> Kept:
+    def sink(cell: grid.Cell, identity: Mapping[str, Any]) -> Kept:
         return kept.setdefault(cell.num_steps, Kept())
 
     return kept, sink

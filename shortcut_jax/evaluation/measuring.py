@@ -17,7 +17,7 @@ from shortcut_jax import data, metrics, run, sampling, state, versions
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.evaluation.grid import Cell
 from shortcut_jax.evaluation.partial import Partial
-from shortcut_jax.evaluation.sample_files import Sink
+from shortcut_jax.evaluation.sample_files import Sink, Sinks
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
 from shortcut_jax.metrics.protocols import QUANTISE
@@ -94,7 +94,7 @@ class Evaluator:
         *,
         partial: Path | None = None,
         identity: Mapping[str, Any] | None = None,
-        sink: Callable[[Cell], Sink] | None = None,
+        sink: Sinks | None = None,
     ) -> Evaluation:
         """Samples and measures.
 
@@ -104,12 +104,12 @@ class Evaluator:
           cells: ways to sample.
           partial: folder that keeps what a killed evaluation goes on from.
           identity: what says, with step and config, that parameters are the same as before.
-          sink: makes what takes all samples of a cell.
+          sink: makes what takes all samples of a cell; also told step, config and identity.
         """
         records, pictures = [], {}
         for cell in cells:
-            into = sink(cell) if sink else None
             decisive = {"step": step, **self._facts(cell), **(identity or {})}
+            into = sink(cell, decisive) if sink else None
             if into is not None:
                 decisive["sink"] = str(into.path)
             kept = Partial(partial, decisive)
@@ -155,8 +155,10 @@ class Evaluator:
         section = self._setup.config.eval
         total, size = section.num_samples, section.batch_size
         collections = [gauge.of_samples(total) for gauge in self._gauges]
-        # Samples that are not in the sink must be drawn again.
         stored = partial.load() if sink is None or sink.resumes else {}
+        # Samples that are not in the sink must be drawn again, also if this pass is killed at once.
+        if not stored and distributed.writes():
+            partial.remove()
         begin = int(stored.get("next", 0))
         distributed.agree({"first sample to draw": begin})  # all read it from one folder
         pictures = [stored["pictures"]] if begin else []

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from shortcut_jax import checkpoint, data, parameters, run
 from shortcut_jax.evaluation.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.evaluation.measuring import Evaluation, Evaluator
 from shortcut_jax.evaluation.partial import FOLDER
-from shortcut_jax.evaluation.sample_files import Sink
+from shortcut_jax.evaluation.sample_files import Sinks
 
 
 class RunEvaluator:
@@ -35,7 +35,7 @@ class RunEvaluator:
         self._checkpoints = checkpoint.Checkpoints(workdir, keep=keep, read_only=True)
         self._evaluator: Evaluator | None = None
 
-    def evaluate(self, step: int, sink: Callable[[Cell], Sink] | None = None) -> Evaluation:
+    def evaluate(self, step: int, sink: Sinks | None = None) -> Evaluation:
         """Samples from a checkpoint in all the ways of the grid, and measures.
 
         Killed and called again, it goes on where it was: see `shortcut_jax.evaluation.partial`.
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     workdir: str | os.PathLike[str],
     step: int,
     grid: Grid = Grid(),  # noqa: B008 (it cannot be changed)
-    sink: Callable[[Cell], Sink] | None = None,
+    sink: Sinks | None = None,
 ) -> Evaluation:
     """Evaluates one checkpoint of a run: see `RunEvaluator`."""
     return RunEvaluator(setup, workdir, grid).evaluate(step, sink)

@@ -47,6 +47,11 @@ class Partial:
             return {}
         return read_npz(self._path)
 
+    def remove(self) -> None:
+        """Removes what was stored."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
     def store(self, arrays: Mapping[str, NDArray[Any]], now: bool = False) -> None:
         """Writes the arrays, if it is time or must be `now`."""
         if self._path is None or not (now or time.monotonic() >= self._due):

@@ -32,12 +32,12 @@ def run_() -> None:
     preemption.heed_no_longer()
     setup, workdir, grid = _prepare()
     out = _sample_path("save_samples", FLAGS.save_samples) if FLAGS.save_samples else None
+    sink = _sinks(setup, out, grid) if out else None
     step = _checkpoint_step(setup, workdir)
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
     _check_writable(workdir, **({"save_samples": out.parent} if out else {}))
-    sink = _sinks(setup, out, grid) if out else None
     _print_found(workdir, of_runs.evaluate_checkpoint(setup, workdir, step, grid, sink))
 
 
@@ -50,12 +50,12 @@ def sample() -> None:
     config_flag.CONFIG.value.eval.metrics = ()
     preemption.heed_no_longer()
     setup, workdir, grid = _prepare()
+    sink = _sinks(setup, out, grid, quantise_as)
     step = _checkpoint_step(setup, workdir)
     if FLAGS.dry_run:
         _print_plan(setup, workdir, grid, step)
         return
     _check_writable(workdir, out=out.parent)
-    sink = _sinks(setup, out, grid, quantise_as)
     found = of_runs.evaluate_checkpoint(setup, workdir, step, grid, sink)
     reports.report(workdir, found)
     for cell in found.samples:
@@ -184,8 +184,12 @@ def _sample_path(flag: str, value: str) -> Path:
 
 def _sinks(
     setup: run.Setup, out: Path, grid: Grid, section: Mapping[str, Any] | None = None
-) -> Callable[[Cell], sample_files.Sink]:
-    """Files for the samples of each cell, quantised as the first metric is."""
+) -> sample_files.Sinks:
+    """Files for the samples of each cell, quantised as the first metric is.
+
+    Raises:
+      UserError: a folder has other images.
+    """
     rule, section = "round", section or setup.config.eval.to_dict()
     if section["metrics"]:
         extractor = metrics.find(section["metrics"][0]).extractor
@@ -193,7 +197,11 @@ def _sinks(
     ways = cells(setup, grid)
     kind = sample_files.Npz if out.suffix else sample_files.Pngs
     total = setup.config.eval.num_samples
-    return lambda cell: kind(_path_of(out, cell, ways), total, rule)
+    with distributed.together():
+        if kind is sample_files.Pngs and distributed.writes():
+            for cell in ways:
+                sample_files.check_folder(_path_of(out, cell, ways), total)
+    return lambda cell, identity: kind(_path_of(out, cell, ways), total, rule, identity)
 
 
 def _path_of(out: Path, cell: Cell, ways: list[Cell]) -> Path:

@@ -46,7 +46,7 @@ def evaluate(setup, monkeypatch):
         extractor.seen.clear()
         if killed_after is not None:
             extractor.outputs = dying(extractor.outputs, killed_after)
-        sinks = (lambda cell: sink) if sink else None
+        sinks = sink if sink is None or callable(sink) else lambda cell, identity: sink
         found = evaluator.run(params, 3, CELLS, partial=folder, identity=identity, sink=sinks)
         return found, sum(extractor.seen)
 
@@ -108,6 +108,43 @@ def test_a_sink_that_lost_its_samples_gets_all_of_them(evaluate, tmp_path):
     with pytest.raises(Killed):
         evaluate(tmp_path, killed_after=6, sink=fresh)
     assert len(fresh.images) == 23
+
+
+def test_a_sink_is_told_what_decides_its_samples(evaluate):
+    told = []
+
+    def sink(cell, identity):
+        told.append(identity)
+        raise Killed
+
+    for checkpoint in (1, 2):
+        with pytest.raises(Killed):
+            evaluate(None, sink=sink, checkpoint=checkpoint)
+    one, other = told
+    assert {
+        "step": 3,
+        "num_samples": 23,
+        "sampling_steps": 1,
+        "checkpoint": 1,
+    }.items() <= one.items()
+    assert other == {**one, "checkpoint": 2}
+
+
+def test_a_sink_begun_anew_and_killed_gets_all_samples_the_next_time(evaluate, tmp_path):
+    class Firsts(Kept):
+        def write(self, first, images, labels):
+            self.batches.append(first)
+
+    class Full(Kept):
+        def write(self, first, images, labels):
+            raise Killed
+
+    evaluate(tmp_path, sink=Firsts())  # of both cells
+    with pytest.raises(Killed):
+        evaluate(tmp_path, sink=Full())
+    again = Firsts(resumes=True)
+    evaluate(tmp_path, sink=again)
+    assert again.batches == [0, 4, 8, 12, 16, 20]  # of the first cell; the second was not touched
 
 
 def test_storing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):

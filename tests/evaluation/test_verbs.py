@@ -160,6 +160,10 @@ BAD = {
     "no reference": (["calc", "--images=MANY"], ("--reference is missing",)),
     "no out": (["sample", "RUN"], ("--out is missing", "samples.npz")),
     "a picture": (["sample", "RUN", "--out=a.png"], ("--out=a.png", ".npz file nor a folder")),
+    "other images": (
+        ["sample", "RUN", "--out=FOLDER", "--steps=1", "--config.eval.num_samples=2", "--dry_run"],
+        ("FOLDER", "other than the 2", "(1, the first 000002.png)", "another folder"),
+    ),
     "two sources": (["ref", SMALL, "--images=MANY", "--out=a.npz"], ("--config", "just one")),
     "no source": (["ref", "--out=a.npz"], ("--config", "--images", "give one")),
     "no file": (["ref", SMALL], ("--out=None", "expected an .npz")),
@@ -212,7 +216,11 @@ def test_what_is_wrong_is_refused_in_one_sentence(evaluate, workdir, tmp_path):
     dead.mkdir()
     (dead / "config.json").write_bytes((workdir / "config.json").read_bytes())
     run = [SMALL, *OWN]
-    names = {"MANY": str(many), "REF": str(ref), "LARGE": str(large)}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("000001.png", "000002.png"):  # the first would be replaced
+        (folder / name).write_bytes(b"")
+    names = {"MANY": str(many), "REF": str(ref), "LARGE": str(large), "FOLDER": str(folder)}
 
     def fill(text):
         for name, path in names.items():
