@@ -85,6 +85,15 @@ def check_split(section: Mapping[str, Any]) -> None:
         )
 
 
+def origin(section: Mapping[str, Any]) -> dict[str, str | None]:
+    """Which images a section reads: builder, split and crop, None where it has no such thing.
+
+    The builder of a data set that has just one is the name of the data set.
+    """
+    builder = section.get("builder", section["name"])
+    return {"builder": builder, "split": section["split"], "crop": section.get("crop")}
+
+
 def open_dataset(section: Mapping[str, Any]) -> Dataset:
     """Opens a data set; digits and fashion_mnist prepare their files on first use.
 

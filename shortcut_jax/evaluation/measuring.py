@@ -73,6 +73,7 @@ class Evaluator:
             self._references = [references.choose(path, there, g) for g in self._gauges]
             for reference in self._references:
                 references.check_shape(path, reference, data.describe(setup.config.data)[0])
+                references.check_origin(path, reference, data.origin(setup.config.data))
                 self._check_count(reference.facts["num_images"], path)
         else:
             self._images = images

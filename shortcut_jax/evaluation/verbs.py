@@ -247,7 +247,8 @@ def ref() -> None:
         found = _of_images(Path(FLAGS.images), section)
     else:
         images = data.open_dataset(config.data)
-        found = _of_dataset(images, section, config.data.get("workers", 0))
+        origin, workers = data.origin(config.data), config.data.get("workers", 0)
+        found = _of_dataset(images, section, workers, origin)
     if FLAGS.dry_run:
         return
     cli.check_writable("--out", out.parent)
@@ -341,11 +342,14 @@ def _check_set(images: Dataset, where: Any, section: Mapping[str, Any]) -> None:
 
 
 def _of_dataset(
-    images: Dataset, section: Mapping[str, Any], workers: int
+    images: Dataset,
+    section: Mapping[str, Any],
+    workers: int,
+    origin: Mapping[str, str | None] | None = None,
 ) -> Callable[[], list[references.Reference]]:
     """Checks, and returns what measures."""
     _check_set(images, images.name, section)
-    return lambda: references.measure(gauges_lib.build(section), images, workers)
+    return lambda: references.measure(gauges_lib.build(section), images, workers, origin)
 
 
 def _of_images(path: Path, section: Mapping[str, Any]) -> Callable[[], list[references.Reference]]:

@@ -26,6 +26,7 @@ from shortcut_jax.metrics.gauges import Gauge, Key
 from shortcut_jax.metrics.summaries import Moments, Rows
 
 FORMAT = 1
+ORIGIN = ("builder", "split", "crop")  # keys of `data.origin`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Reference:
 
     Attributes:
         facts: network ("extractor", "extractor_sha256"), "protocol", "image_shape", "num_images"
-            (None if not known), "source" and "fingerprint" of the images.
+            (None if not known), "source" and "fingerprint" of the images, and those of ORIGIN (None
+            if not known; files of older versions lack them).
         summaries: `Stats` and complete `Rows` by what they are of.
     """
 
@@ -50,13 +52,19 @@ class Reference:
         return digest.hexdigest()
 
 
-def measure(gauges: Sequence[Gauge], images: Dataset | None, workers: int) -> list[Reference]:
+def measure(
+    gauges: Sequence[Gauge],
+    images: Dataset | None,
+    workers: int,
+    origin: Mapping[str, str | None] | None = None,
+) -> list[Reference]:
     """References of a data set, in one pass over its rows.
 
     Args:
         gauges: networks and metrics.
         images: uint8 or float32 images; may be None if no metric compares with any.
         workers: processes that decode, 0 for threads.
+        origin: of the images, from `data.origin`; None if no config names them.
     """
     if images is None or not any(gauge.reference_keys() for gauge in gauges):
         return [Reference({}, {}) for _ in gauges]
@@ -70,6 +78,7 @@ def measure(gauges: Sequence[Gauge], images: Dataset | None, workers: int) -> li
                 "num_images": images.size,
                 "source": f"{images.name}/{images.split}" if images.split else images.name,
                 "fingerprint": images.fingerprint,
+                **(origin or dict.fromkeys(ORIGIN)),
             },
             {key: _frozen(summary) for key, summary in collection.summaries.items()},
         )
@@ -172,6 +181,30 @@ def check_shape(path: Path, reference: Reference, image_shape: Sequence[int]) ->
         )
 
 
+def check_origin(path: Path, reference: Reference, origin: Mapping[str, str | None]) -> None:
+    """Refuses statistics of other images than a config names, as far as both are known.
+
+    Args:
+        path: of the file.
+        reference: from it.
+        origin: from `data.origin`.
+
+    Raises:
+        UserError: another builder, split or crop.
+    """
+    differences = [
+        f"data.{key}={found!r} where this config has {wanted!r}"
+        for key, wanted in origin.items()
+        if (found := reference.facts.get(key)) not in (None, wanted) and wanted is not None
+    ]
+    if differences:
+        raise UserError(
+            f"{path} was made with {' and '.join(differences)}; expected statistics of the images "
+            "that the config names: make them with it, by python -m shortcut_jax.eval ref, or "
+            "evaluate with the keys that they were made with."
+        )
+
+
 def foreign(
     path: Path,
     found: Mapping[str, NDArray[Any]],
@@ -201,7 +234,14 @@ def foreign(
             summaries[Key("moments", output)] = stats
     fingerprint = sha256_of(path)[:16]
     return Reference(
-        {**identity(gauge), **facts, "source": path.name, "fingerprint": fingerprint}, summaries
+        {
+            **identity(gauge),
+            **facts,
+            "source": path.name,
+            "fingerprint": fingerprint,
+            **dict.fromkeys(ORIGIN),
+        },
+        summaries,
     )
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from configs import digits
-from shortcut_jax import metrics, run, state
+from shortcut_jax import data, metrics, run, state
 from shortcut_jax.data.sources import Dataset
+from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation import grid, measuring, reports
 from shortcut_jax.evaluation.partial import Partial
+from shortcut_jax.metrics import gauges, references
 from shortcut_jax.metrics.protocols import PLAIN, quantise
 from shortcut_jax.parallel import sharding
 from tests.kept_samples import by_steps
+from tests.sentences import assert_sentence
 
 # ------------------------------------------------------------------ sample i is sample i
 
@@ -251,6 +254,28 @@ def test_records_say_guided_where_the_sampler_guides(objective, cfg_scale, num_s
     evaluator = measuring.Evaluator(run.prepare(config), None, None)
     facts = evaluator._facts(grid.Cell("ema", cfg_scale, num_steps))
     assert facts["guided"] is guided
+
+
+def test_stored_statistics_of_other_images_are_refused(measured, monkeypatch, tmp_path):
+    extractor, _, config, *_ = measured
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_: extractor)
+    images = np.zeros((5, 8, 8, 1), np.uint8)
+    dataset = Dataset(
+        name="digits", split="test", image_shape=(8, 8, 1), num_classes=10, size=len(images),
+        fingerprint="f", read=lambda i: {"image": images[i]},
+    )  # fmt: skip
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.eval.reference = str(tmp_path / "ref.npz")
+    origin = data.origin({**config.data, "split": "test"})
+    made = references.measure(gauges.build(config.eval), dataset, 0, origin)
+    references.save(Path(config.eval.reference), made)
+    with pytest.raises(UserError) as error:
+        measuring.Evaluator(run.prepare(config), None, None)
+    fragments = ("ref.npz", "data.split='test' where this config has 'train+test'")
+    assert_sentence(str(error.value), fragments)
+    config.data.split = "test"
+    measuring.Evaluator(run.prepare(config), None, None)
 
 
 def test_pictures_are_the_first_samples(measured):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shortcut_jax.metrics import references
 from tests.sentences import assert_sentence
 
 SMALL = "--config=configs/digits.py:small"
@@ -121,6 +122,13 @@ def test_comparing_files_gives_what_the_run_found(done, workdir):
         assert found[metric]["num_samples"] == 50
         assert found[metric]["reference_size"] == 1797
         assert found[metric]["protocol"] == "plain"
+
+
+def test_stored_statistics_say_of_which_images_they_are(done):
+    folder, _ = done
+    for reference in references.load(folder / "ref.npz"):
+        origin = {"builder": "digits", "split": "train+test", "crop": None}
+        assert origin.items() <= reference.facts.items()
 
 
 def test_a_set_is_at_no_distance_from_itself(done):

@@ -36,6 +36,7 @@ def gauge(*names, protocol="adm", sha256="abcdef01"):
     return Gauge(extractor, names)
 
 
+ORIGIN = {"builder": "toy", "split": "train", "crop": "adm"}
 ALL = ("fid", "sfid", "is", "kid", "precision", "recall")
 
 
@@ -43,7 +44,7 @@ ALL = ("fid", "sfid", "is", "kid", "precision", "recall")
 def stored(tmp_path_factory):
     """A file of two protocols, and what it was made of."""
     both = [gauge(*ALL), gauge("fid", protocol="authors")]
-    made = references.measure(both, dataset(), workers=0)
+    made = references.measure(both, dataset(), workers=0, origin=ORIGIN)
     path = tmp_path_factory.mktemp("references") / "toy.npz"
     references.save(path, made)
     return path, made
@@ -57,6 +58,7 @@ def test_a_file_gives_back_what_was_measured(stored):
     assert found[0].facts == {
         "extractor": "inception", "extractor_sha256": "abcdef01", "protocol": "adm",
         "image_shape": [4, 4, 3], "num_images": 40, "source": "toy/train", "fingerprint": "f",
+        **ORIGIN,
     }  # fmt: skip
     features = IMAGES.reshape(40, -1)[:, :3].astype(np.float64)
     assert found[0].summaries.keys() == {
@@ -109,6 +111,27 @@ def test_images_of_another_size_are_refused(stored):
     assert_sentence(str(error.value), (str(path), "(4, 4, 3)", "(8, 8, 3)"))
 
 
+@pytest.mark.parametrize(
+    ("key", "wanted"), [("builder", "toys"), ("split", "train+test"), ("crop", "authors")]
+)
+def test_images_of_another_origin_are_refused_where_both_are_known(stored, key, wanted):
+    path, made = stored
+    other, facts = {**ORIGIN, key: wanted}, made[0].facts
+    with pytest.raises(UserError) as error:
+        references.check_origin(path, made[0], other)
+    named = f"data.{key}={ORIGIN[key]!r} where this config has {wanted!r}"
+    assert_sentence(str(error.value), (str(path), named, "eval ref"))
+    older = dataclasses.replace(made[0], facts={k: v for k, v in facts.items() if k != key})
+    unknown = dataclasses.replace(made[0], facts={**facts, key: None})
+    for reference, origin in (
+        (made[0], ORIGIN),
+        (made[0], {**ORIGIN, key: None}),
+        (unknown, other),
+        (older, other),
+    ):
+        references.check_origin(path, reference, origin)
+
+
 def test_files_that_do_not_say_what_they_are_are_refused(stored, tmp_path):
     def refusal(name, **arrays):
         np.savez(tmp_path / name, **arrays)
@@ -153,6 +176,7 @@ def test_statistics_of_adm_are_those_of_both_outputs(tmp_path):
     kept = found.summaries[Key("rows", "features")].rows
     np.testing.assert_array_equal(kept, IMAGES.reshape(40, -1)[:, :3])
     assert found.facts["protocol"] == "adm" and found.facts["source"] == "foreign.npz"
+    references.check_origin(tmp_path, found, ORIGIN)  # of which it says nothing
     references.save(tmp_path / "ours.npz", [found])
     (again,) = references.load(tmp_path / "ours.npz")
     assert again.sha256 == found.sha256
