@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 from shortcut_jax import compilation_cache
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import raise_open_files_limit
 from shortcut_jax.parallel import distributed, preemption
 
 Parser = Callable[[Sequence[str]], list[str]]
@@ -43,6 +44,7 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
             traceback.print_exc()
             distributed.end(1)
 
+    raise_open_files_limit()
     logging.set_verbosity(logging.INFO)
     # Orbax reports a dozen lines per save through the same logger, and jax every missing back end.
     logging.get_absl_handler().addFilter(

@@ -1,9 +1,11 @@
-"""Files: read and written whole."""
+"""Files: read and written whole, and how many may be open."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,3 +69,33 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------- how many may be open
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open at once: what `ulimit -n` says."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def raise_open_files_limit() -> None:
+    """Lets this process, and those it starts, open as many files as the system allows them.
+
+    Shells often give 1,024, and every shard of a data set stays open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says that there is no hard limit and takes what its kernel allows, 10,240 at the least.
+    for limit in (hard, 65536, 10240):
+        if soft == hard or 0 <= limit <= soft:  # "no limit" may be -1
+            return
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
+
+
+def too_many_open(error: Exception) -> bool:
+    """Whether an error, of Python or of a C++ library, says that no more files may be open."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return os.strerror(errno.EMFILE) in str(error)  # which ENFILE's text begins with

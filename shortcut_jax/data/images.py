@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from shortcut_jax.data import crops
 from shortcut_jax.data.sources import Dataset, Rows
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import open_files_limit, too_many_open
 
 MANIFEST = "manifest.json"  # beside a set that shortcut_jax.prepare has made
 GUIDE = "see docs/data.md"
@@ -46,10 +47,17 @@ class Part:
     file_name: str | None
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record at an index; a UserError names it if the file is damaged."""
+        """The record at an index; a UserError names it if the file cannot be read."""
         try:
             return self.source[index]
         except Exception as error:  # array_record raises several kinds for damaged files
+            if too_many_open(error):  # nothing is wrong with the set
+                raise UserError(
+                    f"{self.name}, record {index}: its ArrayRecord file cannot be opened, because "
+                    f"this process may have {open_files_limit():,} files open and each shard stays "
+                    "open; expected a limit above the number of shards: raise it with `ulimit -n "
+                    f"65536` and give the same command again, {GUIDE}."
+                ) from error
             raise UserError(
                 f"{self.name}, record {index}: its ArrayRecord file cannot be read "
                 f"({' '.join(str(error).split())}); expected a whole file: prepare the set again, "

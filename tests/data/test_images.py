@@ -1,7 +1,9 @@
 """Image sets on disk: what is read, and what is refused with which sentence."""
 
 import json
+import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,23 @@ def test_damaged_shard_names_the_record(copied):
     with pytest.raises(UserError) as error:
         open_dataset(section(copied)).rows(np.arange(7))
     assert_sentence(str(error.value), ("like_imagenet 10.0.0, train, record", "ArrayRecord"))
+
+
+def test_too_many_open_files_are_no_damage(data_dir):
+    dataset = open_dataset(section(data_dir, split="train+validation"))
+    dataset.rows(np.arange(1))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        dataset.rows(np.arange(7))  # of the shard that is open
+        with pytest.raises(UserError) as error:
+            dataset.rows(np.array([7]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert_sentence(str(error.value), ("validation, record 0", f"have {free:,} files", "ulimit -n"))
+    assert "prepare" not in str(error.value)
 
 
 def test_record_that_cannot_be_decoded_is_named(copied):
