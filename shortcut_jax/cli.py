@@ -32,6 +32,7 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
         compilation_cache.use()
         try:
             function(*argv[1:])
+            distributed.wait_for_others()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             distributed.end(2)

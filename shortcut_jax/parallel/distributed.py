@@ -27,6 +27,7 @@ from shortcut_jax.parallel import roll_call
 AGREE_SECONDS = 1800  # one process may read a large data set for the first time, the rest wait
 SEE_SECONDS = 60  # until every process sees a file that another has written
 LINGER_SECONDS = 10  # how long a process that failed waits for the others to end as well
+FINISH_SECONDS = 24 * 3600  # how long one that is done waits for those that still work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +261,29 @@ def deadline(seconds: float, sentence: str) -> Iterator[None]:
         timer.cancel()
 
 
+def wait_for_others() -> None:
+    """Waits until every process has come to the end of its work, or failed; alone, for nothing.
+
+    A process that ends lets jax.distributed wait 5 minutes for the others, which cannot be changed
+    for all of them, and then aborts them at their work. So none ends before all are done. One that
+    dies is not waited for: jax.distributed sees it and ends the others.
+
+    Raises:
+      RuntimeError: another process has died.
+    """
+    if not several():
+        return
+    import orbax.checkpoint as ocp  # heavy; gives jax's barrier without devices a public name
+
+    late = (
+        f"another process still worked {FINISH_SECONDS // 3600} h after this one was done; "
+        "expected all to end: look into its log for what it waits for."
+    )
+    with deadline(FINISH_SECONDS, late):
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key="shortcut_jax end", timeout_ms=(FINISH_SECONDS + 60) * 1000)
+
+
 def end(status: int) -> NoReturn:
     """Ends this process: at once if it is alone, else when the others end, too, or soon after.
 
@@ -275,6 +299,7 @@ def end(status: int) -> NoReturn:
         timer.daemon = True
         timer.start()
         try:
+            wait_for_others()  # those that are done wait for this one there
             jax.distributed.shutdown()
         finally:
             os._exit(status)

@@ -1,5 +1,7 @@
 """Processes find each other, agree and end; whatever is missing or different is one sentence."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -53,6 +55,27 @@ def test_tasks_of_a_slurm_job_are_one_run(tmp_path):
         expected = {name: make_state()[name] for name in names}
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert saved.meta(3)["data"] == {"next_step": 3}
+
+
+def end_at_different_times(out, how):
+    program, port = ["-m", "tests.programs.done_early", str(out), how, SMALL], free_port()
+    ends = start_all([(program, slurm(i, 2, port)) for i in range(2)], timeout=200)
+    return [status for status, _ in ends], (out / "waited").exists()
+
+
+def test_none_ends_before_all_are_done(tmp_path):
+    assert end_at_different_times(tmp_path, "ends") == ([0, 0], True)
+
+
+@pytest.mark.slow
+def test_one_that_fails_late_lets_those_that_are_done_end_well(tmp_path):
+    assert end_at_different_times(tmp_path, "fails") == ([0, 2], True)
+
+
+@pytest.mark.slow
+def test_one_that_dies_late_is_not_waited_for(tmp_path):
+    (status, killed), _ = end_at_different_times(tmp_path, "dies")
+    assert killed == -signal.SIGKILL and status in (1, -signal.SIGABRT)
 
 
 @pytest.mark.slow
