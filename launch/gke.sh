@@ -72,7 +72,8 @@ json() {
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-# The JobSet. Exit status 75 and a pod that the cluster takes away fail the Job by its policy, and
+# The JobSet. With JAX_PLATFORMS=tpu a host whose chips do not answer is refused instead of training
+# on its CPU. Exit status 75 and a pod that the cluster takes away fail the Job by its policy, and
 # then the JobSet starts again without counting; every other failure counts. Python is the first
 # process of the pod, so that it gets the SIGTERM.
 manifest() {
@@ -131,6 +132,9 @@ END
     echo "                    - $(json "$flag")"
   done
   cat <<END
+                  env:
+                    - name: JAX_PLATFORMS
+                      value: tpu
                   resources:
                     limits:
                       google.com/tpu: $chips

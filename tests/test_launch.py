@@ -66,6 +66,7 @@ def test_the_job_set_is_yaml_with_the_flags_as_typed(command):
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"][:3] == ["python", "-m", "shortcut_jax.main"]
     assert container["command"][3:] == shlex.split(command.partition(" -- ")[2])
+    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": "tpu"}]
     rules = job["podFailurePolicy"]["rules"]
     assert rules[0]["onExitCodes"] == {
         "containerName": container["name"], "operator": "In", "values": [75]
@@ -248,6 +249,18 @@ def test_a_job_that_was_interrupted_is_queued_again(slurm, stand_in, tmp_path, s
     assert queued == (status == 75)
     if queued:
         assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [({}, "cuda"), ({"JAX_PLATFORMS": "rocm"}, "rocm"), ({"JAX_PLATFORMS": ""}, "")],
+)
+def test_the_tasks_of_a_job_do_not_fall_back_to_the_cpu(slurm, stand_in, tmp_path, said, found):
+    slurm["ENV_PYTHON"] = str(stand_in("python", 'echo "platform=$JAX_PLATFORMS"'))
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | slurm | said
+    command = ["bash", "launch/slurm.sbatch", *RUN]
+    done = subprocess.run(command, env=env, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"platform={found}\n")
 
 
 def test_a_job_from_elsewhere_is_refused(slurm, tmp_path):

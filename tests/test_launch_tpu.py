@@ -169,12 +169,15 @@ echo "$*" >>"$AT/uv"
     assert heads[0].stdout == heads[1].stdout
     assert "[tpu]" in (tmp_path / "uv").read_text()
     python = home / "shortcut_jax" / ".venv" / "bin" / "python"
-    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    python.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        "print(json.dumps([os.environ['JAX_PLATFORMS'], *sys.argv[1:]]))\n"
+    )
     python.chmod(0o755)
     env = {**os.environ, "HOME": str(home)}
     done = subprocess.run(["bash", home / "run.sh"], env=env, capture_output=True, check=True)
     flags = ["--config=a b.py", "--workdir=$HOME/it's"]
-    assert json.loads(done.stdout) == ["-m", "shortcut_jax.main", *flags]
+    assert json.loads(done.stdout) == ["tpu", "-m", "shortcut_jax.main", *flags]
     unit = tmp_path / "root/etc/systemd/system/shortcut_jax.service"
     text = unit.read_text()
     assert f"ExecStart=/bin/bash {home}/run.sh" in text and "User=someone" in text

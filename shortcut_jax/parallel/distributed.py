@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,8 +76,9 @@ def join(place: Place | None, timeout: float) -> None:
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: a process is missing, or has another number of devices. If jax.distributed waits
-        in vain, the process ends here with that sentence: it cannot be interrupted.
+      UserError: a process is missing, or has no accelerator or another number of devices. If
+        jax.distributed waits in vain, the process ends here with that sentence: it cannot be
+        interrupted.
     """
     if place is not None:
         roll_call.answer(place.coordinator, place.count, place.index, timeout)
@@ -104,7 +105,6 @@ def join(place: Place | None, timeout: float) -> None:
         try:
             # jax.distributed aborts when its own time is up; so that comes later.
             jax.distributed.initialize(initialization_timeout=int(timeout) + 60, **known)
-            found = Counter(device.process_index for device in jax.devices())
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -112,6 +112,7 @@ def join(place: Place | None, timeout: float) -> None:
                 "that jax.distributed knows: give --coordinator, --num_processes and --process_id, "
                 "or --num_processes=1 to run alone."
             ) from error
+        found = Counter(device.process_index for device in _devices())
     expected = jax.process_count()
     logging.info(
         "Process %d: %d of %d processes are here, with %s = %d devices.",
@@ -128,6 +129,36 @@ def join(place: Place | None, timeout: float) -> None:
             f"{', '.join(fewer)} devices and others have {usual}; expected the same number on "
             "each: mend or leave out that host."
         )
+
+
+def _devices() -> Sequence[Any]:
+    """All devices of the run, which jax lists together where all have the same kind.
+
+    A process that has none of that kind must not go on: jax would compute on its CPU, and all
+    would wait for each other.
+
+    Raises:
+      UserError: the accelerators of this process do not work.
+    """
+    import jax
+
+    platforms = jax.config.jax_platforms or ""
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a machine has no GPU
+        reason = " ".join(str(error).split())[:300] or "there is none"
+        raise UserError(
+            f"the devices of this process cannot be used (JAX_PLATFORMS={platforms}: {reason}); "
+            "expected every host of a run to have the same kind: mend the driver of this host, "
+            "leave it out, or see whether another one says more."
+        ) from error
+    if devices[0].platform == "cpu" and platforms.split(",")[0] != "cpu":
+        raise UserError(
+            "this process found no accelerator and would compute on its CPU (JAX_PLATFORMS="
+            f"{platforms}); expected every host of a run to have the same kind of device: mend the "
+            "driver of this host, leave it out, or set JAX_PLATFORMS=cpu on all to use CPUs."
+        )
+    return devices
 
 
 def slurm_devices(env: Mapping[str, str]) -> list[int] | None:

@@ -23,9 +23,8 @@ def read() -> dict[str, str]:
 
 def run(command: str) -> str:
     """What a command prints today, with ROOT for the path of the repository."""
-    variables = {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "XLA_", "ENV_"))
-    }
+    others = ("SLURM_", "XLA_", "JAX_", "ENV_")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     done = subprocess.run(
         shlex.split(command), cwd=ROOT, env=variables, capture_output=True, text=True, check=True
     )

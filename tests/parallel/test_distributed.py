@@ -1,6 +1,7 @@
 """Processes find each other, agree and end; whatever is missing or different is one sentence."""
 
 import signal
+import types
 
 import jax
 import numpy as np
@@ -108,6 +109,21 @@ def test_one_worker_alone_ends(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("platforms", "fragments"),
+    [
+        ("", ["no accelerator", "would compute on its CPU", "JAX_PLATFORMS=cpu on all"]),
+        ("cuda", ["cannot be used (JAX_PLATFORMS=cuda: ", "mend the driver"]),
+    ],
+)
+def test_processes_without_accelerators_end(tmp_path, platforms, fragments):
+    program, port = ["-m", "tests.programs.done_early", str(tmp_path), "ends", SMALL], free_port()
+    environs = [slurm(i, 2, port) | {"JAX_PLATFORMS": platforms} for i in range(2)]
+    for end in start_all([(program, environ) for environ in environs]):
+        assert_sentence(error_of(*end), fragments)
+
+
 # ------------------------------------------------------------------ what is said where
 
 
@@ -179,6 +195,29 @@ def test_gpus_of_a_slurm_task():
     assert distributed.slurm_devices({**slurm(0, 2, 1), "CUDA_VISIBLE_DEVICES": "0,1"}) is None
     assert distributed.slurm_devices({**slurm(1, 2, 1), "CUDA_VISIBLE_DEVICES": "3"}) == [0]
     assert distributed.slurm_devices({**one_per_node, "CUDA_VISIBLE_DEVICES": "0,1,2"}) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("platforms", [None, "cuda,cpu", "tpu"])
+def test_a_run_does_not_fall_back_to_the_cpu(platforms, monkeypatch):
+    assert distributed._devices() == jax.devices()  # JAX_PLATFORMS=cpu says so
+    monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    with pytest.raises(UserError) as error:
+        distributed._devices()
+    assert_sentence(str(error.value), [f"JAX_PLATFORMS={platforms or ''})", "JAX_PLATFORMS=cpu"])
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="tpu")])
+    assert len(distributed._devices()) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize\nit"), AssertionError()])
+def test_devices_that_do_not_work(error, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError) as refused:
+        distributed._devices()
+    said = " ".join(str(error).split()) or "there is none"
+    assert_sentence(str(refused.value), [f"(JAX_PLATFORMS=cpu: {said})", "mend the driver"])
 
 
 def test_a_deadline_ends_what_cannot_be_interrupted(run_python):
