@@ -72,10 +72,10 @@ json() {
   printf '"%s"' "${text//\"/\\\"}"
 }
 
-# The JobSet. With JAX_PLATFORMS=tpu a host whose chips do not answer is refused instead of training
-# on its CPU. Exit status 75 and a pod that the cluster takes away fail the Job by its policy, and
-# then the JobSet starts again without counting; every other failure counts. Python is the first
-# process of the pod, so that it gets the SIGTERM.
+# The JobSet. With JAX_PLATFORMS=tpu,cpu a host whose chips do not answer is refused instead of
+# training on its CPU. Exit status 75 and a pod that the cluster takes away fail the Job by its
+# policy, and then the JobSet starts again without counting; every other failure counts. Python is
+# the first process of the pod, so that it gets the SIGTERM.
 manifest() {
   local flag
   cat <<END
@@ -134,7 +134,7 @@ END
   cat <<END
                   env:
                     - name: JAX_PLATFORMS
-                      value: tpu
+                      value: tpu,cpu
                   resources:
                     limits:
                       google.com/tpu: $chips

@@ -57,9 +57,9 @@ END
 start_script() {
   local module="$1"
   shift
-  # tpu, so that a worker whose chips do not answer is refused instead of training on its CPU.
+  # tpu first, so that a worker whose chips do not answer is refused instead of training on its CPU.
   printf '%s\n' 'set -euo pipefail' "cat >~/run.sh <<'RUN'" 'cd ~/shortcut_jax' \
-    "exec env JAX_PLATFORMS=tpu .venv/bin/python -m $(quoted_words "$module" "$@")" 'RUN'
+    "exec env JAX_PLATFORMS=tpu,cpu .venv/bin/python -m $(quoted_words "$module" "$@")" 'RUN'
   # 75: told to stop, and has saved. Any other failure is tried again, too, because a worker that
   # restarts makes the others fail; six in an hour are enough.
   # mixed: only the main process gets SIGTERM; it ends its own workers.

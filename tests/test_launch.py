@@ -66,7 +66,7 @@ def test_the_job_set_is_yaml_with_the_flags_as_typed(command):
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"][:3] == ["python", "-m", "shortcut_jax.main"]
     assert container["command"][3:] == shlex.split(command.partition(" -- ")[2])
-    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": "tpu"}]
+    assert container["env"] == [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}]
     rules = job["podFailurePolicy"]["rules"]
     assert rules[0]["onExitCodes"] == {
         "containerName": container["name"], "operator": "In", "values": [75]

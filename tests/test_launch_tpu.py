@@ -177,7 +177,7 @@ echo "$*" >>"$AT/uv"
     env = {**os.environ, "HOME": str(home)}
     done = subprocess.run(["bash", home / "run.sh"], env=env, capture_output=True, check=True)
     flags = ["--config=a b.py", "--workdir=$HOME/it's"]
-    assert json.loads(done.stdout) == ["tpu", "-m", "shortcut_jax.main", *flags]
+    assert json.loads(done.stdout) == ["tpu,cpu", "-m", "shortcut_jax.main", *flags]
     unit = tmp_path / "root/etc/systemd/system/shortcut_jax.service"
     text = unit.read_text()
     assert f"ExecStart=/bin/bash {home}/run.sh" in text and "User=someone" in text
