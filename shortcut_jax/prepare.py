@@ -7,7 +7,6 @@ Every image is decoded to see that it can be, and stored as it is. The same comm
 killed one stopped. Images come in the order of their paths, however many processes work.
 """
 
-import os
 from pathlib import Path
 
 from absl import flags
@@ -33,7 +32,9 @@ PRESET = flags.DEFINE_enum(
     "preset", None, ["celebahq"], "celebahq: one class, and as many images as CelebA-HQ has."
 )
 WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes; 0 works in this one. (default: one for each CPU)"
+    "workers",
+    None,
+    "Processes; 0 works in this one. (default: one for each CPU, of a large zip fewer)",
 )
 ON_CORRUPT = flags.DEFINE_enum(
     "on_corrupt", "stop", ["stop", "skip"], "What images that cannot be decoded do, at the end."
@@ -61,7 +62,7 @@ def main() -> None:
             data_dir=local_data_dir(DATA_DIR.value, "--data_dir"),
             labels=labels,
             counts=counts,
-            workers=(os.cpu_count() or 1) if WORKERS.value is None else WORKERS.value,
+            workers=WORKERS.value,
             skip_corrupt=ON_CORRUPT.value == "skip",
         )
     )

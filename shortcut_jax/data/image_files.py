@@ -3,6 +3,7 @@
 import collections
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -74,7 +75,11 @@ class Source:
         return sorted(images, key=lambda entry: entry.path), dict(sorted(others.items()))
 
     def open(self) -> "Files":
-        """Opens the source for reading files."""
+        """Opens the source for reading files.
+
+        The last zip stays open, for this process and all its threads: its list of files is read
+        again only if the file has changed. Of ImageNet's that takes 8 s and 0.7 GiB.
+        """
         return Files(self)
 
     def _files(self) -> Iterator[Entry]:
@@ -89,7 +94,7 @@ class Files:
     """Reads files of an open source by their paths."""
 
     def __init__(self, source: Source) -> None:
-        self._archive = None if source.path.is_dir() else _open_zip(source.path)
+        self._archive = None if source.path.is_dir() else _kept_zip(source.path)
         self._root, self._inside = source.path, source.inside.strip("/")
 
     def read(self, path: str, inside: bool = True) -> bytes:
@@ -110,13 +115,6 @@ class Files:
         if size > MAX_BYTES:
             raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_BYTES:,}")
         return self._archive.read(full)
-
-    def __enter__(self) -> "Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._archive is not None:
-            self._archive.close()
 
 
 def _walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Entry]:
@@ -147,6 +145,19 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
             f"--source={path} is neither a folder nor a zip file that can be read ({error}); "
             "expected one of them: mend the path, or download the file again."
         ) from error
+
+
+def _kept_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        found = path.stat()
+    except OSError:
+        return _open_zip(path)  # which says what is wrong
+    return _keep_zip(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _keep_zip(path: Path, _: tuple[int, ...]) -> zipfile.ZipFile:
+    return _open_zip(path)
 
 
 def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -22,6 +23,8 @@ from shortcut_jax.files import write_atomically
 
 Manifest = dict[str, Any]
 
+ZIP_FILES = 8_000_000  # in the lists that all workers keep of a zip: 0.6 KB each, 4.5 GiB in all
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -34,7 +37,7 @@ class Request:
       labels: "folders", "none" or a labels file (`image_files.classes_from_file`), on disk or in
         the source.
       counts: how many images there may be; () for any number.
-      workers: processes; 0 for none.
+      workers: processes; 0 for none, None for `default_workers`.
       skip_corrupt: leave out images that cannot be decoded, instead of stopping at the end.
     """
 
@@ -44,7 +47,7 @@ class Request:
     data_dir: Path
     labels: str = "folders"
     counts: tuple[int, ...] = ()
-    workers: int = 0
+    workers: int | None = 0
     skip_corrupt: bool = False
 
     @property
@@ -63,6 +66,9 @@ def prepare(request: Request) -> None:
     listed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.items()) or "none"
     print(f"{len(entries):,} images; other files, ignored: {listed}.", flush=True)
     _check_count(request, len(entries))
+    if request.workers is None:
+        workers = default_workers(request.source.kind, len(entries) + sum(others.values()))
+        request = dataclasses.replace(request, workers=workers)
     cli.check_writable("--data_dir", request.directory)
     with _only_process(request.directory):
         manifest = _read_manifest(request)
@@ -93,6 +99,17 @@ def prepare(request: Request) -> None:
     )
 
 
+def default_workers(kind: str, num_files: int) -> int:
+    """One for each CPU, but of a zip no more than share ZIP_FILES: each keeps its list of files.
+
+    Args:
+      kind: of the source.
+      num_files: in it, images or not.
+    """
+    cpus = os.cpu_count() or 1
+    return cpus if kind == "folder" else max(1, min(cpus, ZIP_FILES // max(1, num_files)))
+
+
 def _check_request(request: Request) -> None:
     for flag, value in (("name", request.name), ("split", request.split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value):
@@ -100,7 +117,7 @@ def _check_request(request: Request) -> None:
                 f"--{flag}={value} is not a name that TFDS takes; expected small letters, digits "
                 "and _, beginning with a letter: choose another."
             )
-    if request.workers < 0:
+    if request.workers is not None and request.workers < 0:
         raise UserError(
             f"--workers={request.workers} is out of range; expected 0 or more: change it."
         )
@@ -148,8 +165,7 @@ def _labels_text(request: Request) -> str:
     try:
         if Path(request.labels).is_file():
             return Path(request.labels).read_text()
-        with request.source.open() as files:
-            return files.read(request.labels, inside=False).decode()
+        return request.source.open().read(request.labels, inside=False).decode()
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"--labels={request.labels} cannot be read on disk or in {request.source.path} "

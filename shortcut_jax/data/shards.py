@@ -111,21 +111,21 @@ class Target:
         files, corrupt, num_bytes = [], [], 0
         try:
             writer = ArrayRecordWriter(str(temporary), "group_size:1")
-            with source.open() as opened:
-                for entry, label in zip(shard.entries, shard.labels, strict=True):
-                    try:
-                        data = opened.read(entry.path)
-                        crops.decode(data)
-                    except MemoryError:
-                        raise
-                    except Exception as error:  # disks, zip and decoders each have their own
-                        corrupt.append([entry.path, " ".join(str(error).split())])
-                        continue
-                    example = {"image": data, "label": label, "file_name": entry.path}
-                    serialized = features.serialize_example(features.encode_example(example))
-                    writer.write(serialized)
-                    num_bytes += len(serialized)
-                    files.append([entry.path, label, len(data), hashlib.sha256(data).hexdigest()])
+            opened = source.open()
+            for entry, label in zip(shard.entries, shard.labels, strict=True):
+                try:
+                    data = opened.read(entry.path)
+                    crops.decode(data)
+                except MemoryError:
+                    raise
+                except Exception as error:  # disks, zip and decoders each have their own
+                    corrupt.append([entry.path, " ".join(str(error).split())])
+                    continue
+                example = {"image": data, "label": label, "file_name": entry.path}
+                serialized = features.serialize_example(features.encode_example(example))
+                writer.write(serialized)
+                num_bytes += len(serialized)
+                files.append([entry.path, label, len(data), hashlib.sha256(data).hexdigest()])
             writer.close()
             os.replace(temporary, path)
             record = {

@@ -92,23 +92,22 @@ def _from_files(path: Path, channels: int) -> Dataset:
         entries, _ = source.images()
     except UserError as error:
         raise UserError(str(error).replace("--source=", "")) from error
-    with source.open() as files:
-        shape = _decode(path, entries[0], files, channels).shape
+    shape = _decode(path, entries[0], source.open(), channels).shape
 
     def read(indices: NDArray[Any]) -> Rows:
         images = np.empty((len(indices), *shape), np.uint8)
-        with source.open() as files:
-            for row, index in enumerate(indices):
-                entry = entries[int(index)]
-                image = _decode(path, entry, files, channels)
-                if image.shape != shape:
-                    raise UserError(
-                        f"{path} holds images of several sizes: {entries[0].path} is "
-                        f"{shape[1]}x{shape[0]}, {entry.path} {image.shape[1]}x{image.shape[0]}; "
-                        "expected one size: crop them as your data was, for example with "
-                        "shortcut_jax.prepare."
-                    )
-                images[row] = image
+        files = source.open()
+        for row, index in enumerate(indices):
+            entry = entries[int(index)]
+            image = _decode(path, entry, files, channels)
+            if image.shape != shape:
+                raise UserError(
+                    f"{path} holds images of several sizes: {entries[0].path} is "
+                    f"{shape[1]}x{shape[0]}, {entry.path} {image.shape[1]}x{image.shape[0]}; "
+                    "expected one size: crop them as your data was, for example with "
+                    "shortcut_jax.prepare."
+                )
+            images[row] = image
         return {"image": images}
 
     listing = [[entry.path, entry.size, entry.stamp] for entry in entries]

@@ -128,6 +128,40 @@ def test_zip_gives_the_same_set(folder, tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_a_zip_is_opened_once_for_all_shards(folder, tmp_path, monkeypatch):
+    opened, open_zip = [], image_files._open_zip
+    monkeypatch.setattr(
+        image_files, "_open_zip", lambda path: opened.append(path) or open_zip(path)
+    )
+    archive = pack(folder, tmp_path / "a.zip")
+    preparing.prepare(request(archive, tmp_path / "a"))
+    assert len(manifest(tmp_path / "a")["splits"]["train"]["shard_lengths"]) == 3
+    assert opened == [archive] * 2  # to list its files, and to read them
+
+    for path, seed in SEED_OF.items():  # another zip in its place
+        (folder / path).write_bytes(encoded(seed + 9))
+    archive.unlink()
+    preparing.prepare(request(pack(folder, archive), tmp_path / "b"))
+    np.testing.assert_array_equal(rows(tmp_path / "b", 3)["image"], expected(range(9, 18)))
+
+
+def test_workers_by_default(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    found = [preparing.default_workers("zip", n) for n in (10, 30_000, 1_281_167, 14_200_000)]
+    assert found == [16, 16, 6, 1] and preparing.default_workers("folder", 14_200_000) == 16
+    started = []
+
+    def workers(function, count, key):
+        started.append(count)
+        raise UserError("enough.")
+
+    monkeypatch.setattr(preparing, "Workers", workers)
+    monkeypatch.setattr(preparing, "ZIP_FILES", 26)  # the zip has 9 images and 4 other files
+    with pytest.raises(UserError, match="enough"):
+        preparing.prepare(request(pack(folder, tmp_path / "a.zip"), tmp_path, workers=None))
+    assert started == [2]
+
+
 def test_workers_give_the_same_files(folder, tmp_path):
     preparing.prepare(request(folder, tmp_path / "a"))
     preparing.prepare(request(folder, tmp_path / "b", workers=2))
