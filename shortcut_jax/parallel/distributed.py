@@ -142,7 +142,7 @@ def _devices() -> Sequence[Any]:
     """
     import jax
 
-    platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where a machine has no GPU
