@@ -28,8 +28,9 @@ def main() -> None:
     import jax
 
     from shortcut_jax import data, latent_cache, run, spaces
-    from shortcut_jax.parallel import sharding
+    from shortcut_jax.parallel import preemption, sharding
 
+    preemption.heed_no_longer()
     if not OUT.value:
         raise UserError("--out is missing; expected the folder of the latents: give --out=FOLDER.")
     folder, config = Path(OUT.value), config_flag.CONFIG.value

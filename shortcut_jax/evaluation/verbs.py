@@ -231,6 +231,7 @@ def _print_found(workdir: str, found: Evaluation) -> None:
 
 def ref() -> None:
     """Builds statistics of a reference and stores them with what they are."""
+    preemption.heed_no_longer()
     if not FLAGS.out or Path(FLAGS.out).suffix != ".npz":
         raise UserError(f"--out={FLAGS.out} is no file to write; expected an .npz: give its name.")
     out, config = Path(FLAGS.out), config_flag.CONFIG.value
