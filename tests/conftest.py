@@ -20,6 +20,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# Machine code in half the time, which takes longer to run: tests compile more than they compute.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -74,7 +77,7 @@ def run_python() -> RunPython:
         devices: int = 1,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         try:
             done = subprocess.run(
                 [sys.executable, *args],
