@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # TFDS is imported only when data is opened.
     from shortcut_jax.data.sources import Dataset
 
 # Images of a device that the autoencoder works on at a time. One of 256x256 takes 64 MiB in each of
-# the decoder's widest layers, and 8 fill any chip; more would only take more memory.
+# the decoder's widest layers, and eight are 5 TFLOPs of work.
 AT_ONCE = 8
 
 Shape = tuple[int, int, int]

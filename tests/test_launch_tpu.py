@@ -167,7 +167,8 @@ echo "$*" >>"$AT/uv"
         for folder in (checkout, home / "shortcut_jax")
     ]
     assert heads[0].stdout == heads[1].stdout
-    assert "[tpu]" in (tmp_path / "uv").read_text()
+    installed = (tmp_path / "uv").read_text()
+    assert "[tpu]" in installed and "--compile-bytecode" in installed
     python = home / "shortcut_jax" / ".venv" / "bin" / "python"
     python.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
