@@ -14,9 +14,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from shortcut_jax.errors import UserError
+
+KEPT = "kept"  # name of the results that model.remat=dots keeps for the backward pass
 
 
 def xla(qkv: jax.Array, heads: int, scale: float, rows: NamedSharding | None) -> jax.Array:
@@ -63,7 +66,8 @@ def pallas(
         attend = jax.shard_map(
             attend, mesh=rows.mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False
         )
-    return attend(qkv)
+    # The backward pass needs nothing else of the forward pass: kept, it is not run again.
+    return checkpoint_name(attend(qkv), KEPT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,14 +28,13 @@ PATCHES = (2, 4, 8)
 
 TABLE_INIT = nn.initializers.normal(0.02)  # embedding tables and the time and step-size MLPs
 
-PRODUCT = "product"  # name of the results of dense layers, by which "dots" knows them
-
 # What of a block's forward pass is kept for its backward pass; the rest is computed again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    # The products with weights, which are most of the work, biases added; not those of attention.
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    # The products with weights, which are most of the work, biases added, and what the kernel of
+    # attention names so (`attention.pallas`).
+    "dots": jax.checkpoint_policies.save_only_these_names(attention_lib.KEPT),
 }
 
 
@@ -196,10 +195,10 @@ class SinusoidMLP(nn.Module):
 
 
 class Dense(nn.Dense):
-    """A dense layer whose result has the name PRODUCT."""
+    """A dense layer whose result model.remat=dots keeps for the backward pass."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return checkpoint_name(super().__call__(x), PRODUCT)
+        return checkpoint_name(super().__call__(x), attention_lib.KEPT)
 
 
 def dense(
