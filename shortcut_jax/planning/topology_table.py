@@ -42,10 +42,11 @@ what is needed where it does not fit, beside what the compiler has there. "copy=
 the copy of the train state that a save makes on the devices (--config.checkpoint.copy=host). "Sent"
 is the bytes of the results of a step's collectives on a device. TFLOPs are those of a device, with
 what is computed again, counted before the step is compiled. GB accessed are the compiler's count of
-the step unrolled, by those with one block and with two (it counts the body of a loop once); under
-fsdp it makes loops of its own, and nothing is said; for DiT-XL it was not counted. The last column
-is a batch that fits by the same compilation, all memory but the train state and its copy taken to
-grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)): on
+the step unrolled, estimated from those with one block and with two (it counts the body of a loop
+once), which is too much: of DiT-B on v5e:2x4 48.0, where the whole step unrolled has 39.8
+([step.md](step.md)). Under fsdp it makes loops of its own, and nothing is said; for DiT-XL it was
+not counted. The last column is a batch that fits by the same compilation, all memory but the train
+state and its copy taken to grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)): on
 all machines after v3.
 
 """
