@@ -1,13 +1,19 @@
 """The benchmark of a GPU in its small form, on a CPU; what it reports; what it refuses."""
 
 import dataclasses
+import importlib.util
 import json
+import keyword
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 
 from shortcut_jax.benchmarks import Failure, correct, gpu_parts, gpu_report, summarize, variants
 from shortcut_jax.benchmarks.gpu_parts import GRACE
+from shortcut_jax.benchmarks.peer import FOLDER
 from tests.sentences import assert_sentence
 
 COMMAND = ["-m", "shortcut_jax.gpu_benchmark", "--small"]
@@ -128,6 +134,42 @@ def test_a_process_that_dies_is_reported(run_python, tmp_path):
     gpu_report.add_failure(tmp_path / "out" / "b2.json", "b2", "its process ended with -11")
     assert "b2: its process ended with -11" in gpu_report.report(tmp_path / "out")[0]
     assert GRACE > 0
+
+
+# ---- the other side ------------------------------------------------------------------------------
+
+
+def test_torch_compile_can_name_every_part_of_the_network():
+    """In the Python that it writes: a part called "in" was a SyntaxError there."""
+    text = (FOLDER / "torch_dit.py").read_text()
+    names = re.findall(r'add_module\(f?"(\w+)', text)
+    assert names and not any(keyword.iskeyword(name) for name in names)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install -e .[parity]"
+)
+def test_torch_compiles_the_step_to_one_program(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import torch, torch_dit
+from torch._dynamo import explain
+model = dict(patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=3, mlp_ratio=4.0)
+network = torch_dit.build(model | dict(time_scale=1000.0), [4, 4, 4])
+names = [n.replace(".first.", ".in.") for n in network.state_dict()]
+network.load_state_dict(torch_dit.named(dict(zip(names, network.state_dict().values()))))
+optimizer = dict(lr=1e-4, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.1)
+arguments = dict(model=model, image_shape=[4, 4, 4], batch_size=4, dtype="bfloat16", max_steps=8)
+arguments |= dict(ema_rate=0.999, optimizer=optimizer, compile=False)
+training = torch_dit.Training(arguments, network, "cpu")
+for bootstrap in (0, 1):
+    torch._dynamo.reset()
+    found = explain(training._loss_and_targets)(bootstrap)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found
+    training.step(bootstrap)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250, cwd=tmp_path)
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from turns import take_turns  # beside this file
 
 
 def build(model: dict[str, Any], image_shape: list[int]) -> Any:
-    """The network, its parameters named and laid out as docs/pytorch.md has them."""
+    """The network, its parameters laid out as docs/pytorch.md has them; `named` names them."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -36,14 +36,14 @@ def build(model: dict[str, Any], image_shape: list[int]) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.add_module("in", nn.Linear(256, h))
+            self.first = nn.Linear(256, h)
             self.out = nn.Linear(h, h)
 
         def forward(self, a: Any) -> Any:
             frequencies = torch.exp(torch.arange(128, device=a.device) * (-math.log(10_000) / 128))
             angles = a[:, None] * frequencies
             x = torch.cat([angles.cos(), angles.sin()], dim=-1)
-            return self.out(functional.silu(self.get_submodule("in")(x)))
+            return self.out(functional.silu(self.first(x)))
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -89,6 +89,14 @@ def build(model: dict[str, Any], image_shape: list[int]) -> Any:
             return x.reshape(b, grid * p, grid * p, -1).float()
 
     return DiT()
+
+
+def named(weights: dict[str, Any]) -> dict[str, Any]:
+    """Exported weights by the names that they have here.
+
+    torch.compile writes Python that reads every part of a module by its name, which `in` cannot be.
+    """
+    return {name.replace("_embed.in.", "_embed.first."): a for name, a in weights.items()}
 
 
 def position_embedding(h: int, grid: int) -> Any:
@@ -207,7 +215,7 @@ def main(arguments: dict[str, Any]) -> None:
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = build(arguments["model"], arguments["image_shape"])
-    network.load_state_dict(load_file(arguments["weights"]))
+    network.load_state_dict(named(load_file(arguments["weights"])))
     with np.load(arguments["inputs"], allow_pickle=False) as file, torch.no_grad():
         given = [torch.from_numpy(file[name]) for name in ("x", "t", "d", "labels")]
         np.savez(arguments["outputs"], output=network(*given).numpy())
