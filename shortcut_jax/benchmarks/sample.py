@@ -113,8 +113,7 @@ def decode_flops(setup: run.Setup) -> float:
     image = jnp.zeros((1, *data.describe(setup.config.data)[0]))
     params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
     x = jax.ShapeDtypeStruct((1, *setup.image_shape), jnp.float32)
-    decode = jax.jit(lambda params, x: autoencoder.decode(params, x, architecture))
-    return (decode.lower(params, x).cost_analysis() or {})["flops"]
+    return flops.counted(lambda p, x: autoencoder.decode(p, x, architecture), params, x)
 
 
 def _draw(setup: run.Setup) -> Callable[[int], jax.Array]:

@@ -9,8 +9,7 @@ of its peak a chip reaches (MFU) is an assumption, --mfu.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -141,7 +140,9 @@ def _autoencoder(direction: str, shape: Sequence[int]) -> float:
     network = autoencoder.Autoencoder(autoencoder.SD)
     image = jnp.zeros((1, 64, 64, 3))
     params = jax.eval_shape(lambda: network.init(jax.random.key(0), image)["params"])
-    return _count(getattr(autoencoder, direction), params, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return flops.counted(
+        getattr(autoencoder, direction), params, jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
 
 
 @functools.cache
@@ -155,14 +156,7 @@ def _inception() -> float:
     network = inception.InceptionV3()
     image = jax.ShapeDtypeStruct((1, inception.SIZE, inception.SIZE, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    return _count(network.apply, variables, image)
-
-
-def _count(function: Callable[..., Any], *shapes: Any) -> float:
-    import jax
-
-    cost: Any = jax.jit(function).lower(*shapes).cost_analysis()  # None on some back ends
-    return cost["flops"]
+    return flops.counted(network.apply, variables, image)
 
 
 # ---------------------------------------------------------------------- the page

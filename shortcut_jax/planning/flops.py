@@ -7,7 +7,8 @@ of the forward pass.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -51,3 +52,19 @@ def train_step(config: ConfigDict, image_shape: Sequence[int]) -> float:
       image_shape: (H, W, C) of what the network sees.
     """
     return budget.per_update(config) * forward(config.model, image_shape)
+
+
+def counted(function: Callable[..., Any], *shapes: Any) -> float:
+    """FLOPs of a program as XLA counts them before it optimises.
+
+    For a CPU, whatever else there is: for GPUs and TPUs jax does not count what is not compiled.
+
+    Args:
+      function: to be counted.
+      shapes: of its arguments, trees of jax.ShapeDtypeStruct.
+    """
+    import jax  # heavy
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        cost: Any = jax.jit(function).lower(*shapes).cost_analysis()
+    return cost["flops"]

@@ -1,5 +1,7 @@
 """planning/flops.py, beside numbers worked out by hand; XLA's own count is in test_meshes.py."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import imagenet
@@ -47,3 +49,18 @@ def test_guidance_adds_the_rows_without_a_label():
     plain.objective.cfg_scale = 1.0
     ratio = flops.train_step(guided, LATENTS) / flops.train_step(plain, LATENTS)
     assert 1 < ratio <= 4 / 3.5
+
+
+def test_a_program_is_counted_where_the_devices_are_no_cpus(monkeypatch):
+    """jax counts what is not compiled for a CPU alone: for others it gives None."""
+    count = jax.stages.Lowered.cost_analysis
+
+    def of_a_cpu_alone(lowered):
+        device = jax.config.jax_default_device
+        return count(lowered) if device is not None and device.platform == "cpu" else None
+
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", of_a_cpu_alone)
+    a = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    b = jax.ShapeDtypeStruct((16, 4), jnp.float32)
+    assert jax.jit(jnp.matmul).lower(a, b).cost_analysis() is None
+    assert flops.counted(jnp.matmul, a, b) == 2 * 8 * 16 * 4
