@@ -25,7 +25,7 @@ OUT = flags.DEFINE_string("out", "", "Folder for PART.json, report.txt and compi
 PARTS = flags.DEFINE_list(
     "parts", list(gpu_parts.PARTS), f"What to run: {', '.join(gpu_parts.PARTS)}."
 )
-MINUTES = flags.DEFINE_float("minutes", 9.5, "Nothing new is begun after so many.", 0.0)
+MINUTES = flags.DEFINE_float("minutes", 8.5, "Nothing new is begun after so many.", 0.0)
 SMALL = flags.DEFINE_bool("small", False, "Tiny networks, to see that everything runs.")
 AGAIN = flags.DEFINE_bool("again", False, "Run parts that have ended before, too.")
 IN_PROCESS = flags.DEFINE_bool("in_process", False, "Run the parts in this process.")
@@ -86,15 +86,13 @@ def _run_alone(part: str, path: Path, deadline: float) -> None:
     command = [sys.executable, "-m", "shortcut_jax.gpu_benchmark", "--in_process", "--again"]
     command += ["--noreport", f"--small={SMALL.value}"]
     command += [f"--{key}={value}" for key, value in given.items()]
-    environment = {
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94",  # of the memory: the batch shall fill it
-        "JAX_COMPILATION_CACHE_DIR": str(path.parent.absolute() / "cache"),
-        **os.environ,
-        **gpu_parts.environment(part),
-    }
     print(f"--- {part}", flush=True)
     try:
-        status = subprocess.run(command, env=environment, timeout=left + gpu_parts.GRACE).returncode
+        status = subprocess.run(
+            command,
+            env=gpu_parts.environment(part, path.parent, os.environ),
+            timeout=left + gpu_parts.GRACE,
+        ).returncode
         error = f"its process ended with {status}" if status else ""
     except subprocess.TimeoutExpired:
         error = f"its process was still running {gpu_parts.GRACE} s after the time was up"

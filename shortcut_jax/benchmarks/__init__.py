@@ -71,10 +71,12 @@ class Failure:
     Attributes:
       name: as of the measurement.
       error: what was said.
+      too_large: it does not fit into the memory, which is a result: nothing is to be mended.
     """
 
     name: str
     error: str
+    too_large: bool = False
 
 
 def summarize(

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shortcut_jax import compilation_cache
 from shortcut_jax.benchmarks import Failure, Measurement, Options, gpu_report
+from shortcut_jax.errors import UserError
 
 Piece = Callable[[], Iterator[Measurement | Failure]]
 
@@ -99,9 +101,11 @@ def _features(settings: Settings) -> dict[str, Piece]:
     return {"features": lambda: metrics.features(options)}
 
 
-# Name -> what makes its pieces; in the order in which they run, what matters most first.
+TORCH = "torch_"  # begins the names of those in which another process computes
+MEMORY = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}  # today's name, the old one
 GRACE = 60  # seconds that a part may take beyond the time that it was given
 
+# Name -> what makes its pieces; in the order in which they run, what matters most first.
 PARTS: Mapping[str, Callable[[Settings], dict[str, Piece]]] = {
     "check": _checks,
     "xl2": lambda settings: _variants("xl2", settings),
@@ -121,9 +125,20 @@ def missing(part: str, settings: Settings) -> str:
     return f"--{needed}" if needed and not getattr(settings, needed) else ""
 
 
-def environment(part: str) -> dict[str, str]:
-    """Variables of the process of a part: the GPU is PyTorch's alone in its parts."""
-    return {"JAX_PLATFORMS": "cpu"} if part.startswith("torch_") else {}
+def environment(part: str, out: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the process of a part.
+
+    Args:
+      part: its name. The GPU is PyTorch's alone in its parts.
+      out: folder whose folder `cache` keeps compiled programs.
+      given: variables of this process, of which one that says how much memory jax takes is heeded.
+    """
+    found = {**given, compilation_cache.FOLDER: str(out.absolute() / "cache")}
+    if not MEMORY & given.keys():
+        found["XLA_CLIENT_MEM_FRACTION"] = "0.94"  # the batch shall fill it
+    if part.startswith(TORCH):
+        found["JAX_PLATFORMS"] = "cpu"
+    return found
 
 
 def run_part(part: str, settings: Settings, path: Path) -> None:
@@ -136,10 +151,11 @@ def run_part(part: str, settings: Settings, path: Path) -> None:
     devices = jax.devices()
     about = {**versions.recorded(), "device": devices[0].device_kind, "devices": len(devices)}
     content = gpu_report.Content(part, about)
+    pieces: dict[str, Piece] = {}
     try:
+        _check_device(devices[0], part, settings)
         pieces = PARTS[part](settings)
     except Exception as error:
-        pieces = {}
         _failed(content, path, part, error)
     for name, piece in pieces.items():
         if time.monotonic() > settings.deadline:
@@ -152,6 +168,16 @@ def run_part(part: str, settings: Settings, path: Path) -> None:
         except Exception as error:  # whatever it is, the other pieces go on
             _failed(content, path, name, error)
     content.end(path, time.monotonic() - start)
+
+
+def _check_device(device: Any, part: str, settings: Settings) -> None:
+    """Refuses networks of this size on a CPU, which jax falls back to if its GPU does not work."""
+    if device.platform == "cpu" and not settings.small and not part.startswith(TORCH):
+        raise UserError(
+            "jax runs on a CPU, which would take hours; expected a GPU: install the extra cuda and "
+            "mend the driver until python -c 'import jax; jax.devices(\"cuda\")' works, or see "
+            "with --small that everything runs."
+        )
 
 
 def _failed(content: "gpu_report.Content", path: Path, name: str, error: Exception) -> None:

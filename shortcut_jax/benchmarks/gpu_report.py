@@ -52,9 +52,11 @@ def read(path: Path) -> Content | None:
 
 
 def ended(path: Path) -> bool:
-    """Whether a part has run to its end with nothing that failed."""
+    """Whether a part has run to its end with nothing that failed but for want of memory."""
     content = read(path)
-    return content is not None and content.seconds is not None and not content.failures
+    if content is None or content.seconds is None:
+        return False
+    return all(failure["too_large"] for failure in content.failures)
 
 
 def add_failure(path: Path, part: str, error: str) -> None:
@@ -65,7 +67,7 @@ def add_failure(path: Path, part: str, error: str) -> None:
 def line(found: Measurement | Failure) -> str:
     """Of the table that is printed as numbers come."""
     if isinstance(found, Failure):
-        return f"{found.name:<56} FAILED: {found.error.splitlines()[0][:200]}"
+        return f"{found.name:<56} {_verdict(found.too_large)}: {_shortened(found.error)}"
     low, high = found.spread
     verdict = {True: " ok", False: " FAILED", None: ""}[found.conditions.get("passed")]
     value = f"{found.value:>10.4g}  {low:>10.4g} {high:>10.4g}"
@@ -91,16 +93,24 @@ def report(out: Path) -> tuple[str, bool]:
     for name, m in numbers.items():
         if name.startswith(("sample/", "metrics/")) and m["unit"].endswith(" / s"):
             lines.append(f"{name:<56} {m['value']:>10.4g}  {m['unit']}")
-    lines += [f"FAILED {f['name']}: {f['error'].splitlines()[0][:200]}" for f in failures]
+    lines += [f"{_verdict(f['too_large'])} {f['name']}: {_shortened(f['error'])}" for f in failures]
     seconds = ", ".join(f"{c.part} {c.seconds or 0:.0f} s" for c in found.values())
     machine = next((c.machine for c in found.values() if c.machine), {})
     lines += ["", f"took: {seconds}", f"on: {machine}"]
-    return "\n".join(lines), not wrong and not failures
+    return "\n".join(lines), not wrong and all(f["too_large"] for f in failures)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes the report."""
     write_atomically(path, f"{text}\n".encode())
+
+
+def _verdict(too_large: bool) -> str:
+    return "DOES NOT FIT" if too_large else "FAILED"
+
+
+def _shortened(error: str) -> str:
+    return error.splitlines()[0][:200]
 
 
 def _variants(part: str, numbers: Mapping[str, Any]) -> list[str]:

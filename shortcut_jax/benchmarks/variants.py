@@ -128,7 +128,10 @@ class Sweep:
         try:
             found = self._measure(name, variant, contender)
         except Exception as error:  # whatever a compiler or a device says: the others go on
-            yield Failure(name, f"{type(error).__name__}: {error}"[:1000])
+            said = f"{type(error).__name__}: {error}"[:1000]
+            full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+            # Of the first it would mean that others use the memory.
+            yield Failure(name, said, too_large=full and bool(self.rates))
             return
         yield from found
 
