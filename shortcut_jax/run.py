@@ -348,7 +348,8 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
     """Logs compile time, FLOPs and memory of the step, per device, as the compiler counts them.
 
     Raises:
-      UserError: the devices have no room for what a save copies on them (`checkpoint.copy`).
+      UserError: the devices have no room for the step, or for what a save copies beside it
+        (`checkpoint.copy`).
     """
     needs = compiled.memory_analysis()
     mib = 2**20
@@ -356,7 +357,7 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
         "Compiled the step in %.1f s; per device: %.4g FLOPs, %.1f MiB arguments, %.1f MiB "
         "temporaries, %.1f MiB of the arguments updated in place.",
         seconds,
-        compiled.cost_analysis()["flops"],
+        (compiled.cost_analysis() or {}).get("flops", math.nan),  # not every compiler counts
         needs.argument_size_in_bytes / mib,
         needs.temp_size_in_bytes / mib,
         needs.alias_size_in_bytes / mib,
@@ -364,6 +365,14 @@ def report_compiled(config: ConfigDict, compiled: Any, seconds: float) -> None:
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)  # a CPU says nothing
     peak, copy = device_memory.peak(compiled, device.platform), needs.alias_size_in_bytes
+    # (A TPU's compiler knows what fits, and has refused what does not; a GPU's does not ask.)
+    if device.platform == "gpu" and not device_memory.holds(limit, peak, 0):
+        raise UserError(
+            f"a step needs {peak / mib:,.0f} MiB, and a device has {limit / mib:,.0f} MiB for "
+            "programs; expected room for it: raise --config.accumulation_steps, set "
+            "--config.model.remat=full, or lower batch_size; of a GPU's memory jax takes three "
+            "quarters unless the variable XLA_CLIENT_MEM_FRACTION says more."
+        )
     if config.checkpoint.copy == "device" and not device_memory.holds(limit, peak, copy):
         raise UserError(
             f"a step needs {peak / mib:,.0f} MiB of the {limit / mib:,.0f} MiB of a device, and a "

@@ -295,3 +295,18 @@ def test_a_run_without_room_is_refused_before_its_first_step(compiled, monkeypat
         assert_sentence(str(error.value), expected)
     else:
         run.report_compiled(config, compiled, 1.0)
+
+
+@pytest.mark.parametrize("copy", ["device", "host"])
+def test_a_step_that_does_not_fit_by_itself_is_refused(compiled, monkeypatch, copy):
+    """Its copy is not what has to go; nor need the compiler count FLOPs."""
+    config = digits.get_config("small")
+    config.checkpoint.copy = copy
+    compiled.cost_analysis = lambda: None
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 19 * 2**20})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(UserError) as error:
+        run.report_compiled(config, compiled, 1.0)
+    expected = ["20 MiB", "19 MiB", "accumulation_steps", "model.remat=full", "batch_size"]
+    assert_sentence(str(error.value), [*expected, "XLA_CLIENT_MEM_FRACTION"])
+    assert "checkpoint.copy" not in str(error.value)
