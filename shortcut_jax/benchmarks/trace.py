@@ -24,8 +24,10 @@ TO = flags.DEFINE_integer("to_step", 300, "Step that ends it.", 1)
 
 # What the trainer's thread announces (`Clock.phase` and `train`).
 HOST = ("data", "dispatch", "log", "checkpoint", "evaluate")
-# On a CPU, the event of a whole program; devices have planes and a line of programs.
+# On a CPU, the event of a whole program; devices have planes: a TPU's has a line of programs, a
+# GPU's a line for each stream, "Stream #7(Compute,MemcpyH2D)", of kernels and transfers.
 CPU_PROGRAM = "ThunkExecutor::Execute (wait for completion)"
+TPU_PROGRAMS, GPU_STREAM, GPU_TRANSFERS = "XLA Modules", "Stream #", ("Memcpy", "Memset")
 WIDTH = 80  # of the timeline, characters
 
 Span = tuple[float, float]  # begin and end, ns
@@ -33,7 +35,10 @@ Span = tuple[float, float]  # begin and end, ns
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Spans of a trace: of what the host did by name, and of programs on the first device."""
+    """Spans of a trace: of what the host did by name, and of what ran on the first device.
+
+    That is programs; of a GPU it is their kernels.
+    """
 
     host: dict[str, list[Span]]
     device: list[Span]
@@ -93,7 +98,7 @@ def read(folder: Path) -> Found:
                 span = event.start_ns, event.start_ns + event.duration_ns
                 if event.name in host and not on_device:
                     host[event.name].append(span)
-                elif event.name == CPU_PROGRAM or (on_device and line.name == "XLA Modules"):
+                elif event.name == CPU_PROGRAM or (on_device and _computes(line.name, event.name)):
                     device.append(span)
     if not device:
         raise UserError(
@@ -101,6 +106,12 @@ def read(folder: Path) -> Found:
             "widen --from_step and --to_step, and use a new --workdir."
         )
     return Found({name: sorted(spans) for name, spans in host.items()}, sorted(device))
+
+
+def _computes(line: str, event: str) -> bool:
+    """Whether an event of a device's plane is a program (TPU), or a kernel of one (GPU)."""
+    kernel = line.startswith(GPU_STREAM) and not event.startswith(GPU_TRANSFERS)
+    return kernel or line == TPU_PROGRAMS
 
 
 def text(found: Found, steps: int) -> str:

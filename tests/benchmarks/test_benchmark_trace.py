@@ -49,3 +49,32 @@ def test_a_folder_without_a_trace_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no trace") as error:
         trace.read(tmp_path)
     assert_sentence(str(error.value), [str(tmp_path), "--from_step"])
+
+
+def test_a_gpu_has_kernels_and_transfers_on_its_streams(tmp_path):
+    """And no line of programs, which a TPU has."""
+
+    def plane(name, line, events):
+        names = dict(enumerate(sorted({event for event, *_ in events}), start=1))
+        known = {event: number for number, event in names.items()}
+        metadata = "".join(
+            f'event_metadata {{ key: {i} value {{ id: {i} name: "{event}" }} }}'
+            for i, event in names.items()
+        )
+        found = "".join(
+            f"events {{ metadata_id: {known[event]} offset_ps: {1000 * at} "
+            f"duration_ps: {1000 * took} }}"
+            for event, at, took in events
+        )
+        return f'planes {{ name: "{name}" {metadata} lines {{ name: "{line}" {found} }} }}'
+
+    kernels = [("MemcpyH2D", 0, 5), ("gemm", 10, 20), ("fusion", 30, 10), ("Memset", 50, 5)]
+    stream = "Stream #118(MemcpyH2D,Compute,Memset)"
+    text = plane("/device:GPU:0", stream, kernels)
+    text += plane("/device:GPU:1", stream, [("gemm", 0, 100)])
+    text += plane("/host:CPU", "python", [("dispatch", 5, 3)])
+    content = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
+    (tmp_path / "host.xplane.pb").write_bytes(content)
+    found = trace.read(tmp_path)
+    assert found.device == [(10, 30), (30, 40)]
+    assert found.host["dispatch"] == [(5, 8)]
