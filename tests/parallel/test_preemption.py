@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from configs import digits
-from shortcut_jax import checkpoint, program, state, train
+from shortcut_jax import checkpoint, program, run, state, train
 from shortcut_jax.parallel import preemption
 from tests.test_resume import finished_checkpoints, read_lines, read_meta
 
@@ -53,6 +53,8 @@ def test_it_saves_at_the_next_step_and_goes_on_from_there(signalled, tmp_path, m
     """That a run continues from a checkpoint to the last bit is in tests/test_resume.py."""
     copied, copies = checkpoint._copied, []
     monkeypatch.setattr(checkpoint, "_copied", lambda tree: copies.append(tree) or copied(tree))
+    compilations = []
+    monkeypatch.setattr(run, "report_compiled", lambda *args: compilations.append(args[-1]))
     signalled(LEAVES)  # where an evaluation is due, for which there may be no time
     with pytest.raises(preemption.Preempted, match=f"asked to leave at step {LEAVES}"):
         train.train(config(), tmp_path)
@@ -66,6 +68,9 @@ def test_it_saves_at_the_next_step_and_goes_on_from_there(signalled, tmp_path, m
         train.train(config(), tmp_path)
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {"results.jsonl", str(LEAVES)}
     assert not (tmp_path / "finished.json").exists()
+    # Each start says what it took itself; the clock has the sum.
+    spent = read_meta(tmp_path, TOTAL)["clock"]["seconds/compile"]
+    assert sum(compilations) == pytest.approx(spent) and len(compilations) == 2
 
     signalled(None)
     assert train.train(config(), tmp_path).step == TOTAL
