@@ -125,12 +125,11 @@ def _arguments(setup: run.Setup, steps: int, dtype: str) -> dict[str, Any]:
 
 def _write_network(setup: run.Setup, paths: dict[str, str]) -> np.ndarray:
     """Writes weights and inputs for the other side; returns what our network says, in float32."""
-    network = setup.network.clone(dtype=np.dtype("float32"), ignore_step=False)
-    network = network.clone(attention="xla", rows=None)
+    network = setup.network.clone(dtype=np.dtype("float32"), ignore_step=False, scan_layers=True)
+    network = network.clone(attention="xla", rows=None)  # scanned: it compiles in no time
     shapes = jax.eval_shape(lambda: state.init_params(network, setup.image_shape, 0))
     params = jax.jit(lambda: inputs.params(shapes))()
-    unrolled = layers.unstack(params) if network.scan_layers else params
-    host = jax.tree.map(np.asarray, unrolled)
+    host = layers.unstack(jax.tree.map(np.asarray, params))
     Path(paths["weights"]).write_bytes(exported.files(host, {})[exported.WEIGHTS])
     random = np.random.default_rng(0)
     given = {
