@@ -67,6 +67,7 @@ def measure_sampling(
     """
     setup = run.prepare(config, measures=False)
     on_cpu = sharding.platform(setup.mesh) == "cpu"
+    of_decoding = decode_flops(setup)  # which may be refused, so before the long part
     draw = _draw(setup)
 
     def decoded(steps: int) -> jax.Array:
@@ -90,7 +91,7 @@ def measure_sampling(
         "mesh": dict(setup.mesh.shape),
     }
     for steps in num_steps:
-        for suffix, extra in (("", 0.0), ("/decoded", decode_flops(setup))):
+        for suffix, extra in (("", 0.0), ("/decoded", of_decoding)):
             each = sample_flops(setup, steps) + extra
             took, title = found[f"{steps}{suffix}"], f"{name}/{steps}{suffix}"
             rates = [t.count / t.wall for t in took]

@@ -7,12 +7,14 @@ of the forward pass.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from shortcut_jax.comparison import budget
+from shortcut_jax.errors import UserError
 
 FREQUENCIES = 256  # sinusoids that the embeddings of t and d begin with (models.dit.SinusoidMLP)
 
@@ -62,9 +64,20 @@ def counted(function: Callable[..., Any], *shapes: Any) -> float:
     Args:
       function: to be counted.
       shapes: of its arguments, trees of jax.ShapeDtypeStruct.
+
+    Raises:
+      UserError: jax has no CPU.
     """
     import jax  # heavy
 
-    with jax.default_device(jax.devices("cpu")[0]):
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} leaves out the CPU, for which FLOPs are counted; expected "
+            f"it beside the others: set JAX_PLATFORMS={platforms},cpu, or unset the variable."
+        ) from error
+    with jax.default_device(cpu):
         cost: Any = jax.jit(function).lower(*shapes).cost_analysis()
     return cost["flops"]

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import imagenet
+from shortcut_jax.errors import UserError
 from shortcut_jax.planning import flops
+from tests.sentences import assert_sentence
 
 LATENTS = (32, 32, 4)
 
@@ -64,3 +66,14 @@ def test_a_program_is_counted_where_the_devices_are_no_cpus(monkeypatch):
     b = jax.ShapeDtypeStruct((16, 4), jnp.float32)
     assert jax.jit(jnp.matmul).lower(a, b).cost_analysis() is None
     assert flops.counted(jnp.matmul, a, b) == 2 * 8 * 16 * 4
+
+
+def test_where_there_is_no_cpu_nothing_is_counted(monkeypatch):
+    def fail(platform):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(UserError) as caught:
+        flops.counted(jnp.sin, jnp.zeros(3))
+    assert_sentence(str(caught.value), ["JAX_PLATFORMS=cuda", "set JAX_PLATFORMS=cuda,cpu"])
