@@ -136,8 +136,9 @@ def environment(part: str, out: Path, given: Mapping[str, str]) -> dict[str, str
     found = {**given, compilation_cache.FOLDER: str(out.absolute() / "cache")}
     if not MEMORY & given.keys():
         found["XLA_CLIENT_MEM_FRACTION"] = "0.94"  # the batch shall fill it
-    if part.startswith(TORCH):
-        found["JAX_PLATFORMS"] = "cpu"
+    platforms = "cpu" if part.startswith(TORCH) else given.get("JAX_PLATFORMS", "")
+    if platforms:  # with the CPU, which the checks compare with
+        found["JAX_PLATFORMS"] = platforms if "cpu" in platforms else f"{platforms},cpu"
     return found
 
 

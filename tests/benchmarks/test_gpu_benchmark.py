@@ -168,7 +168,11 @@ def test_a_part_gets_the_memory_and_keeps_its_programs_beside_its_file(tmp_path)
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         found = gpu_parts.environment("xl2", tmp_path, {name: "0.5"})  # jax refuses both at once
         assert {k: v for k, v in found.items() if k.startswith("XLA")} == {name: "0.5"}
-    assert gpu_parts.environment("torch_xl2", tmp_path, given)["JAX_PLATFORMS"] == "cpu"
+    for part, platforms, expected in (
+        ("torch_xl2", "cuda", "cpu"), ("xl2", "cuda", "cuda,cpu"), ("xl2", "cpu", "cpu")
+    ):  # fmt: skip
+        found = gpu_parts.environment(part, tmp_path, {"JAX_PLATFORMS": platforms})
+        assert found["JAX_PLATFORMS"] == expected
 
 
 def test_an_error_beyond_its_bound_or_that_is_no_number_fails(tmp_path):
