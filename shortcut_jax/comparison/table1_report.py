@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from shortcut_jax import pictures
+from shortcut_jax import metrics, pictures
 from shortcut_jax.comparison.budget import Budget
 from shortcut_jax.comparison.experiment import results, spread, values
 from shortcut_jax.comparison.paper_results import DATASETS, STEPS, TABLE_1
@@ -75,11 +75,18 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The table, what was spent, and which of the paper's orderings hold."""
     parts = [_protocol_text(summary)]
     for metric, rows in summary["metrics"].items():
-        parts += [f"### {metric}", _table(rows)]
+        parts += [f"### {metric}{_direction(metric)}", _table(rows)]
     parts += ["### Compute", _compute(summary["rows"])]
     for metric, rows in summary["metrics"].items():
-        parts += [f"### The paper's orderings in {metric}", _claims(rows), _orderings(rows)]
+        higher = metrics.higher_is_better(metric)
+        parts.append(f"### The paper's orderings in {metric}{_direction(metric)}")
+        parts += [_claims(rows, higher), _orderings(rows, higher)]
     return "\n\n".join(parts) + "\n"
+
+
+def _direction(metric: str) -> str:
+    """Said of what is no distance, whose numbers are read the other way round."""
+    return " (higher is better)" if metrics.higher_is_better(metric) else ""
 
 
 def _protocol_text(summary: Mapping[str, Any]) -> str:
@@ -129,13 +136,14 @@ def _compute(rows: Mapping[str, Any]) -> str:
 
 
 def orderings(
-    rows: Mapping[str, Mapping[str, Sequence[float]]], dataset: int
+    rows: Mapping[str, Mapping[str, Sequence[float]]], dataset: int, higher_is_better: bool = False
 ) -> dict[int, dict[str, list[tuple[str, str]]]]:
     """The paper's pairwise orderings on a data set, sorted by whether ours agree.
 
     Args:
       rows: row -> sampling steps -> values over seeds.
       dataset: index into DATASETS.
+      higher_is_better: of our metric; the paper's is the FID, a distance.
 
     Returns:
       Sampling steps -> "hold", "within noise" or "do not hold" -> pairs (better, worse) in the
@@ -152,6 +160,8 @@ def orderings(
             if str(steps) not in rows.get(better, {}) or str(steps) not in rows.get(worse, {}):
                 continue
             low, high = rows[better][str(steps)], rows[worse][str(steps)]
+            if higher_is_better:
+                low, high = high, low
             if max(low) < min(high):
                 sorted_pairs["hold"].append((better, worse))
             elif min(low) > max(high):
@@ -162,47 +172,56 @@ def orderings(
     return found
 
 
-def claims(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, bool]:
+def claims(
+    rows: Mapping[str, Mapping[str, Sequence[float]]], higher_is_better: bool = False
+) -> dict[str, bool]:
     """What the paper's table says in short, each checked beyond the noise of the seeds.
 
     Args:
       rows: row -> sampling steps -> values over seeds. Claims about rows that are missing are left
         out.
+      higher_is_better: of our metric. Where the paper's distance is below a fifth of another, such
+        a metric has to be better, by whatever factor.
     """
     found: dict[str, bool] = {}
 
-    def below(row: str, other: str, steps: int, factor: float = 1.0, text: str = "below") -> None:
-        name = f"at {steps} steps {row} is {text} {other}"
-        if str(steps) in rows.get(row, {}) and str(steps) in rows.get(other, {}):
-            found[name] = max(rows[row][str(steps)]) < factor * min(rows[other][str(steps)])
+    def better(row: str, other: str, steps: int, fifth: bool = False) -> None:
+        if str(steps) not in rows.get(row, {}) or str(steps) not in rows.get(other, {}):
+            return
+        ours, theirs = rows[row][str(steps)], rows[other][str(steps)]
+        if higher_is_better:
+            found[f"at {steps} steps {row} is above {other}"] = min(ours) > max(theirs)
+        else:
+            text, factor = ("below a fifth of", 1 / 5) if fifth else ("below", 1)
+            found[f"at {steps} steps {row} is {text} {other}"] = max(ours) < factor * min(theirs)
 
-    below("shortcut", "flow_matching", 1, 1 / 5, "below a fifth of")
-    below("shortcut", "consistency_training", 1)
-    below("shortcut", "live_reflow", 1)
-    below("shortcut", "flow_matching", 4)
+    better("shortcut", "flow_matching", 1, fifth=True)
+    better("shortcut", "consistency_training", 1)
+    better("shortcut", "live_reflow", 1)
+    better("shortcut", "flow_matching", 4)
     if all("128" in rows.get(row, {}) for row in ("shortcut", "flow_matching")):
-        means = [np.mean(rows[row]["128"]) for row in ("shortcut", "flow_matching")]
+        ours, theirs = (np.mean(rows[row]["128"]) for row in ("shortcut", "flow_matching"))
         name = "at 128 steps the mean of shortcut is within 15 % of flow_matching, or better"
-        found[name] = bool(means[0] < 1.15 * means[1])
-    below("progressive_distillation", "flow_matching", 1, 1 / 5, "below a fifth of")
-    below("flow_matching", "progressive_distillation", 128, 1 / 5, "below a fifth of")
+        found[name] = bool(ours > 0.85 * theirs if higher_is_better else ours < 1.15 * theirs)
+    better("progressive_distillation", "flow_matching", 1, fifth=True)
+    better("flow_matching", "progressive_distillation", 128, fifth=True)
     return found
 
 
-def _claims(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def _claims(rows: Mapping[str, Mapping[str, Sequence[float]]], higher: bool) -> str:
     return "\n".join(
-        f"- {text}: {'yes' if holds else '**no**'}" for text, holds in claims(rows).items()
+        f"- {text}: {'yes' if holds else '**no**'}" for text, holds in claims(rows, higher).items()
     )
 
 
-def _orderings(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    lines = []
+def _orderings(rows: Mapping[str, Mapping[str, Sequence[float]]], higher: bool) -> str:
+    lines, sign = [], ">" if higher else "<"
     for index, dataset in enumerate(DATASETS):
-        for steps, kinds in orderings(rows, index).items():
+        for steps, kinds in orderings(rows, index, higher).items():
             counts = ", ".join(f"{len(pairs)} {kind}" for kind, pairs in kinds.items())
             lines.append(f"- {dataset}, {steps} steps: {counts}.")
             for kind in ("do not hold", "within noise"):
-                named = "; ".join(f"{a} < {b}" for a, b in kinds[kind])
+                named = "; ".join(f"{a} {sign} {b}" for a, b in kinds[kind])
                 lines += [f"  - {kind}: {named}"] if named else []
     return "\n".join(lines)
 

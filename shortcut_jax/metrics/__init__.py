@@ -31,6 +31,7 @@ __all__ = [
     "check_protocols",
     "find",
     "frechet_distance",
+    "higher_is_better",
     "label",
     "load_extractor",
     "protocols_of",
@@ -72,6 +73,7 @@ class MetricSpec:
         other_name: what it is called with other weights than the published ones: the FID is a name
             of one network.
         needs_reference: whether the samples are compared with anything.
+        higher_is_better: whether better samples have more of it; less of a distance is better.
         min_samples: fewer are refused, unless `eval.allow_small_n` is set.
         names_count: whether its name says how many samples if they are not `FULL`.
     """
@@ -82,6 +84,7 @@ class MetricSpec:
     output: str = "features"
     other_name: str = ""
     needs_reference: bool = True
+    higher_is_better: bool = False
     min_samples: int = 2
     names_count: bool = True
 
@@ -119,11 +122,11 @@ METRICS = {
     "sfid": MetricSpec("inception", output="spatial", other_name="sfd", min_samples=2048),
     "is": MetricSpec(
         "inception", values.inception_score, "marginals", "logits_unbiased",
-        needs_reference=False, min_samples=5000,
+        needs_reference=False, higher_is_better=True, min_samples=5000,
     ),
     "kid": MetricSpec("inception", values.kid, "rows", min_samples=1000),
-    "precision": MetricSpec("inception", values.precision, "rows"),
-    "recall": MetricSpec("inception", values.recall, "rows"),
+    "precision": MetricSpec("inception", values.precision, "rows", higher_is_better=True),
+    "recall": MetricSpec("inception", values.recall, "rows", higher_is_better=True),
     "fd_dinov2": MetricSpec("dinov2", other_name="fd", min_samples=1024),
 }  # fmt: skip
 
@@ -210,6 +213,26 @@ def label(name: str, extractor: "Extractor", num_samples: int) -> str:
     if extractor.weights:
         name = f"{spec.other_name or name}_{extractor.name}_{extractor.weights}"
     return name if num_samples == FULL or not spec.names_count else f"{name}_{num_samples}"
+
+
+def higher_is_better(label: str) -> bool:
+    """Whether better samples have more of what `label` has named.
+
+    The protocol may stand behind it: "fid_5000 (adm)".
+
+    Raises:
+        UserError: it is the name of no metric.
+    """
+    known = {
+        stem: spec.higher_is_better
+        for name, spec in METRICS.items()
+        for stem in (name, spec.other_name)
+        if stem
+    }
+    stem = label.partition(" ")[0]
+    while stem and stem not in known:  # without weights and number of samples, one by one
+        stem = stem.rpartition("_")[0]
+    return known[stem] if stem else find(label).higher_is_better  # which refuses it
 
 
 def _options(spec: ExtractorSpec, section: Mapping[str, Any]) -> dict[str, Any]:

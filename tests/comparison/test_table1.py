@@ -130,6 +130,41 @@ def test_claims_of_the_paper_hold_in_the_paper_and_fail_where_they_should():
     assert sum(not holds for holds in table1_report.claims(rows).values()) == 4
 
 
+def negated(rows):
+    """A score that is the higher, the lower the distance."""
+    return {
+        row: {n: [-v for v in values] for n, values in by_steps.items()}
+        for row, by_steps in rows.items()
+    }
+
+
+def test_where_higher_is_better_orderings_and_claims_are_those_of_the_distance():
+    rows = made_up_rows()
+    rows["shortcut"]["1"] = [500.0, 501.0, 502.0]
+    rows["diffusion"]["4"] = [60.0, 130.0, 100.0]
+    for dataset in (0, 1):
+        assert table1_report.orderings(negated(rows), dataset, True) == table1_report.orderings(
+            rows, dataset
+        )
+    # 1000 - distance: positive, as Inception scores are, which have no factor of five.
+    scores = {
+        row: {n: [1000 - v for v in values] for n, values in by_steps.items()}
+        for row, by_steps in made_up_rows().items()
+    }
+    found = table1_report.claims(scores, True)
+    assert all(found.values()) and len(found) == 7
+    assert "at 1 steps shortcut is above flow_matching" in found
+    scores["shortcut"] = {"1": [600.0], "4": [600.0], "128": [840.0]}
+    wrong = [name for name, holds in table1_report.claims(scores, True).items() if not holds]
+    assert wrong == [
+        "at 1 steps shortcut is above flow_matching",
+        "at 1 steps shortcut is above consistency_training",
+        "at 1 steps shortcut is above live_reflow",
+        "at 4 steps shortcut is above flow_matching",
+        "at 128 steps the mean of shortcut is within 15 % of flow_matching, or better",
+    ]
+
+
 def test_mean_and_half_the_range():
     assert experiment.spread([1.0, 2.0, 6.0]) == "3 ± 2.5"
     assert experiment.spread([0.8249]) == "0.825"
@@ -176,6 +211,27 @@ def test_the_table_says_what_samples_were_compared_with(records, text):
     row = {"name": "shortcut", "seed": 0, "budget": spent, "config": {"data.name": "toy"}}
     found = table1_report.summarise([row | {"records": records}])
     assert text in table1_report.markdown(json.loads(json.dumps(found)))
+
+
+def test_the_report_reads_each_metric_in_its_own_direction():
+    spent = {"per_update": 3, "updates": 2, "teacher_updates": 0, "pairs": 0, "teacher": 0}
+    rows = [
+        {"name": name, "seed": 0, "budget": spent, "config": {"data.name": "toy"}, "records": [
+            record("fid_5000", **COUNTED) | {"value": fid, "protocol": "adm"},
+            record("is_5000") | {"value": score, "protocol": "adm"},
+        ]}
+        for name, fid, score in (("shortcut", 20.5, 90.0), ("flow_matching", 280.5, 2.0))
+    ]  # fmt: skip
+    said = table1_report.markdown(table1_report.summarise(rows))
+    fid, score = said.split("### The paper's orderings in ")[1:]
+    assert fid.startswith("fid_5000 (adm)\n") and score.startswith("is_5000 (adm) (higher is")
+    assert "at 1 steps shortcut is below a fifth of flow_matching: yes" in fid
+    assert "at 1 steps shortcut is above flow_matching: yes" in score
+    for text in (fid, score):
+        assert "**no**" not in text and "1 steps: 1 hold, 0 do not hold, 0 within noise." in text
+    rows[0]["records"][1]["value"] = 1.0
+    said = table1_report.markdown(table1_report.summarise(rows))
+    assert "do not hold: shortcut > flow_matching" in said
 
 
 # ------------------------------------------------------------------ the commands

@@ -1,11 +1,20 @@
 """Metrics by name."""
 
 import importlib
+import types
 
 import pytest
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics import EXTRACTORS, METRICS, check_metric, find, load_extractor
+from shortcut_jax.metrics import (
+    EXTRACTORS,
+    METRICS,
+    check_metric,
+    find,
+    higher_is_better,
+    label,
+    load_extractor,
+)
 from shortcut_jax.metrics.gauges import CLASSES, SUMMARIES
 
 SMALL = [name for name, spec in EXTRACTORS.items() if spec.module.endswith("classifier")]
@@ -38,6 +47,22 @@ def test_only_inception_features_are_called_fid():
     assert all(
         METRICS[name].extractor == "inception" and METRICS[name].other_name for name in called
     )
+
+
+@pytest.mark.parametrize("weights", ["", "random", "1a2b3c4d"])
+@pytest.mark.parametrize("name", METRICS)
+def test_the_direction_of_a_metric_is_known_by_what_its_numbers_are_called(name, weights):
+    extractor = types.SimpleNamespace(name=METRICS[name].extractor, weights=weights)
+    for num_samples in (50_000, 1797):
+        called = label(name, extractor, num_samples)
+        for written in (called, f"{called} (pytorch_fid)"):
+            assert higher_is_better(written) == (name in ("is", "precision", "recall"))
+
+
+@pytest.mark.parametrize("called", ["issue", "issue_50", "precisions (adm)"])
+def test_what_is_called_otherwise_has_no_direction(called):
+    with pytest.raises(UserError, match=called.split()[0]):
+        higher_is_better(called)
 
 
 @pytest.mark.parametrize("function", [find, lambda name: check_metric(name, (8, 8, 1))])
