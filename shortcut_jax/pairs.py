@@ -3,7 +3,7 @@
 In WORKDIR/pairs: manifest.json, which says what the pairs are, and one .npy file per SHARD_ROWS
 pairs with records (noise, image, label). Pair i is a function of the seed and i, made by the
 evaluation sampler over the whole mesh, so a killed run continues at the shard it reached, on any
-number of devices.
+number of devices. Once a run has a checkpoint, which names its pairs, it needs them and no teacher.
 """
 
 import io
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from shortcut_jax import manifest, run, sampling, state
 from shortcut_jax.data.sources import Dataset, Rows
@@ -25,11 +26,18 @@ from shortcut_jax.pretrained import Pretrained, digest
 
 SHARD_ROWS = 4096
 SCOPE = "pairs"  # of the random streams: these noises are never those of an evaluation
+FIX = "Use that teacher and config, or another --workdir"
+
+
+def missing(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[int]:
+    """The first pair of each shard that is not in a workdir; [] if a valid config needs none."""
+    firsts = range(0, config.objective.get("num_pairs", 0), SHARD_ROWS)
+    return [first for first in firsts if not _shard_path(Path(workdir) / "pairs", first).exists()]
 
 
 def prepare(
     setup: run.Setup,
-    teacher: Pretrained,
+    teacher: Pretrained | None,
     workdir: str | os.PathLike[str],
 ) -> Dataset:
     """Opens the pairs of a run, making those that are missing.
@@ -37,7 +45,8 @@ def prepare(
     Args:
       setup: of a run whose objective learns from pairs: `num_pairs` of them, in `pair_steps` Euler
         steps, guided by `cfg_scale`.
-      teacher: the velocity model that makes them.
+      teacher: the velocity model that makes them; None if none is `missing`. Whose they are is then
+        for `run.check_resume` to see, by the fingerprint.
       workdir: of the run.
 
     Returns:
@@ -47,40 +56,43 @@ def prepare(
       UserError: the folder holds other pairs, or a file in it is damaged or cannot be written.
     """
     folder = Path(workdir) / "pairs"
-    shapes = jax.eval_shape(
-        lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
-    )
-    params_sharding = sharding.shard_tree(shapes, setup.mesh)
-    params = teacher.params(shapes, params_sharding)
-    contents = _contents(setup, teacher, digest(params))
-    fix = "Use that teacher and config, or another --workdir"
-    manifest.claim(folder, contents, "pairs", "*.npy", fix)
-    _make_missing(folder, setup, params, params_sharding)
+    if teacher is None:
+        contents = manifest.read(folder, "pairs")
+        manifest.refuse_differences(folder, contents, _asked_for(setup), "pairs", FIX)
+    else:
+        shapes = jax.eval_shape(
+            lambda: state.init_params(setup.network, setup.image_shape, setup.config.seed)
+        )
+        params_sharding = sharding.shard_tree(shapes, setup.mesh)
+        params = teacher.params(shapes, params_sharding)
+        contents = {
+            **_asked_for(setup),
+            "teacher_digest": digest(params),
+            "teacher_step": teacher.step,
+            "matrix_products": str(np.dtype(setup.network.dtype)),
+        }
+        manifest.claim(folder, contents, "pairs", "*.npy", FIX)
+        _make_missing(folder, setup, params, params_sharding)
     return _open(folder, setup, manifest.digest(contents))
 
 
-def _contents(setup: run.Setup, teacher: Pretrained, params_digest: str) -> dict[str, Any]:
+def _asked_for(setup: run.Setup) -> dict[str, Any]:
     objective = setup.config.objective
     return {
-        "teacher_digest": params_digest,
-        "teacher_step": teacher.step,
         "steps": objective.pair_steps,
         "cfg_scale": objective.cfg_scale,
         "count": objective.num_pairs,
         "seed": setup.config.seed,
         "image_shape": list(setup.image_shape),
         "num_classes": setup.num_classes,
-        "matrix_products": str(np.dtype(setup.network.dtype)),
         "shard_rows": SHARD_ROWS,
     }
 
 
 def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: Any) -> None:
     config, count = setup.config, setup.config.objective.num_pairs
-    missing = distributed.of_process_0(
-        [f for f in range(0, count, SHARD_ROWS) if not _shard_path(folder, f).exists()]
-    )
-    if not missing:
+    firsts = distributed.of_process_0(missing(config, folder.parent))
+    if not firsts:
         return
     flow = build("flow_matching", setup.num_classes, cfg_scale=config.objective.cfg_scale)
     sample = sampling.make_sampler(
@@ -95,7 +107,7 @@ def _make_missing(folder: Path, setup: run.Setup, params: Any, params_sharding: 
         return sampling.initial(config.seed, indices, shape, classes, SCOPE)[0]
 
     logging.info("Making %d pairs in %d steps each.", count, config.objective.pair_steps)
-    for first in missing:
+    for first in firsts:
         shard = np.empty(min(SHARD_ROWS, count - first), _record(setup))
         for begin in range(0, len(shard), config.eval.batch_size):
             # The last batch is sampled whole and cut: every program has one shape.

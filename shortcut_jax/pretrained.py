@@ -58,13 +58,14 @@ class Origins:
     init_from: Pretrained | None
 
 
-def find(config: ConfigDict, resuming: bool = False) -> Origins:
+def find(config: ConfigDict, resuming: bool = False, has_pairs: bool = False) -> Origins:
     """Looks up and checks the runs that the config names; reads no parameters.
 
     Args:
       config: of the run that shall learn or start from them.
-      resuming: the run has a checkpoint, which has all that was learned or copied from them: only
-        pairs are checked against their teacher once more.
+      resuming: the run has a checkpoint, which has all that was copied from them, so that they are
+        not looked up, but for a teacher that has to make pairs again:
+      has_pairs: no pair that the run learns from is missing.
 
     Raises:
       UserError: one is not there, or is of another network, data set or kind than can be used.
@@ -73,7 +74,7 @@ def find(config: ConfigDict, resuming: bool = False) -> Origins:
     validation.check_teacher(config)
     from_pairs = OBJECTIVES[config.objective.name].teacher == "pairs"
     teacher = init_from = None
-    if config.teacher and (from_pairs or not resuming):
+    if config.teacher and (not resuming or (from_pairs and not has_pairs)):
         teacher = _find("teacher", config.teacher)
     if config.init_from and not resuming:
         init_from = _find("init_from", config.init_from)

@@ -333,8 +333,8 @@ def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, 
     found = meta["data"]["dataset"]
     if found != dataset.fingerprint:
         raise UserError(
-            f"{path} was trained on other data: {config.data.name} had fingerprint {found} and now "
-            f"has {dataset.fingerprint}; restore that data in data.data_dir or use another "
+            f"{path} was trained on other data: {dataset.name} had fingerprint {found} and now has "
+            f"{dataset.fingerprint}; expected the former: restore that data or use another "
             "--workdir."
         )
     if meta["data"]["next_step"] * config.batch_size != meta["data"]["next_row"]:

@@ -163,7 +163,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
     #  Check everything that can be checked; open what the run stands on
     ##################################################################################
 
-    origins = pretrained.find(config, resuming=run.has_checkpoint(workdir))
+    run.check(config)
+    resuming, has_pairs = distributed.of_process_0(
+        [run.has_checkpoint(workdir), not pairs.missing(config, workdir)]
+    )
+    origins = pretrained.find(config, resuming, has_pairs)
     averages_lib.check_tracked(config)
     setup = run.prepare(config, measures=config.eval.every > 0)
     objective, mesh = setup.objective, setup.mesh
@@ -177,7 +181,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         workdir, keep=config.checkpoint.keep, copy=config.checkpoint.copy
     )
     if objective.teacher == "pairs":
-        assert origins.teacher is not None  # `pretrained.find` has refused a config without one
         with clock.phase("pairs"):
             train_data = pairs.prepare(setup, origins.teacher, workdir)
     encode, draw_x1 = spaces.way_from(setup.space, train_data.holds)

@@ -65,11 +65,15 @@ def test_looking_and_reading_changes_nothing(flow):
     assert {p: p.read_bytes() if p.is_file() else None for p in workdir.rglob("*")} == before
 
 
-def test_a_resumed_run_needs_its_teacher_for_pairs_only():
+def test_a_resumed_run_needs_its_teacher_for_missing_pairs_only():
     nowhere = {"teacher": "nowhere", "init_from": "nowhere"}
+    nothing = pretrained.Origins(None, None)
     for objective in ("progressive_distillation", "consistency_distillation"):
-        origins = pretrained.find(small(objective, **nowhere), resuming=True)
-        assert origins == pretrained.Origins(None, None)
+        assert pretrained.find(small(objective, **nowhere), resuming=True) == nothing
+    reflow = small("reflow", **nowhere)
+    assert pretrained.find(reflow, resuming=True, has_pairs=True) == nothing
+    with pytest.raises(pretrained.UserError, match="^teacher=nowhere names no run"):
+        pretrained.find(reflow, has_pairs=True)  # that it starts from, too
     with pytest.raises(pretrained.UserError, match="^teacher=nowhere names no run"):
         pretrained.find(small("reflow", **nowhere), resuming=True)
 

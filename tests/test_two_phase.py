@@ -1,6 +1,7 @@
 """Whole runs of methods with two phases: started, killed, and started again without the first."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from shortcut_jax import checkpoint, metrics, pairs, pretrained, state, train
 from shortcut_jax.errors import UserError
 from tests import untrained_runs
+from tests.sentences import assert_sentence, contents
 
 TOTAL = 8
 M = 8  # three stages of progressive distillation, which begin at
@@ -193,9 +195,13 @@ def test_consistency_distillation_resumes_without_its_teacher(consistency, tmp_p
     assert_same_end(start(consistency.config, workdir), consistency)
 
 
-def test_reflow_resumes(reflow, tmp_path):
+def test_reflow_resumes_without_its_teacher(reflow, tmp_path):
     workdir = reflow.as_if_killed_after(5, tmp_path / "copy")
-    assert_same_end(start(reflow.config, workdir), reflow)
+    before = contents(workdir / "pairs")
+    config = reflow.config.copy_and_resolve_references()
+    config.teacher = str(tmp_path / "nowhere")
+    assert_same_end(start(config, workdir), reflow)
+    assert contents(workdir / "pairs") == before
 
 
 def test_reflow_killed_while_it_makes_pairs(reflow, tmp_path):
@@ -214,21 +220,42 @@ def test_reflow_killed_while_it_makes_pairs(reflow, tmp_path):
         assert_equal(getattr(again.final, name), getattr(reflow.final, name))
 
 
-def test_reflow_goes_on_with_its_own_pairs_only(flow, reflow, tmp_path):
+def test_reflow_goes_on_with_its_own_pairs_only(reflow, tmp_path):
+    workdir = reflow.as_if_killed_after(7, tmp_path / "copy")
+    path = workdir / "pairs" / "manifest.json"
+    found = json.loads(path.read_text())
+    for change, said in (
+        ({"teacher_digest": "0" * 16}, "checkpoints/7 was trained on other data: digits pairs"),
+        ({"steps": 5}, "holds other pairs than the config asks for"),
+    ):
+        path.write_text(json.dumps({**found, **change}))
+        before = contents(workdir)
+        with pytest.raises(UserError) as error:
+            train.train(reflow.config, workdir)
+        assert_sentence(str(error.value), (said,))
+        assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_reflow_needs_the_same_teacher_for_missing_pairs(flow, reflow, tmp_path, step):
+    workdir = reflow.as_if_killed_after(step, tmp_path / "copy")
+    if step:
+        (workdir / "pairs" / "00001.npy").unlink()
+    else:  # as if it had been killed before its first checkpoint: it starts from the teacher, too
+        shutil.rmtree(workdir / "checkpoints")
     teacher = shutil.copytree(flow.workdir, tmp_path / "teacher")
-    workdir = reflow.as_if_killed_after(5, tmp_path / "copy")
-    # The same command when the teacher has lost its last checkpoint.
-    shutil.rmtree(teacher / "checkpoints" / str(TOTAL))
+    shutil.rmtree(teacher / "checkpoints" / str(TOTAL))  # another is its newest
     config = reflow.config.copy_and_resolve_references()
     config.teacher = str(teacher)
-    saved = (workdir / "config.json").read_text()
-    (workdir / "config.json").write_text(saved.replace(str(flow.workdir), str(teacher)))
-    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    (workdir / "config.json").write_text(
+        (workdir / "config.json").read_text().replace(str(flow.workdir), str(teacher))
+    )
+    before = contents(workdir)
     with pytest.raises(UserError) as error:
         train.train(config, workdir)
-    for fragment in ("holds other pairs", "teacher_step: 8 -> 7", "teacher_digest: "):
-        assert fragment in str(error.value)
-    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    fragments = ("holds other pairs", "teacher_step: 8 -> 7", "teacher_digest: ")
+    assert_sentence(str(error.value), fragments)
+    assert contents(workdir) == before
 
 
 def test_reflow_trains_on_its_pairs(reflow, flow, tmp_path):
