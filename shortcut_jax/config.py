@@ -122,6 +122,9 @@ OPTIONAL: dict[str, Any] = {
 # Keys of the model that say how it is computed, not what.
 LAYOUT = ("model.remat", "model.scan_layers", "model.attention")
 
+# Keys that say what a network was shown: whose images, cut how, and labelled how.
+SHOWN = ("data.name", "data.builder", "data.image_size", "data.crop", "data.num_classes")
+
 # Keys that a resumed run may change: none of them decides what is trained.
 MAY_CHANGE_ON_RESUME = (
     "data.data_dir",

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, layers, run, validation
+from shortcut_jax import checkpoint, data, layers, run, validation
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
@@ -81,6 +81,7 @@ def find(config: ConfigDict, resuming: bool = False, has_pairs: bool = False) ->
     for found in (teacher, init_from):
         if found:
             _check_network(found, config)
+            _check_data(found, config)
     if teacher:
         _check_teacher(teacher, config)
     if resuming and (config.teacher or config.init_from):
@@ -146,24 +147,52 @@ def _open(workdir: Path) -> checkpoint.Checkpoints:
     return checkpoint.Checkpoints(workdir, keep=1, read_only=True)
 
 
+def _differences(found: Pretrained, config: ConfigDict, keys: Iterable[str]) -> list[str]:
+    flat = config_lib.flatten(config)
+    return [
+        f"{key}: {found.config.get(key)} there, {flat.get(key)} here"
+        for key in sorted(keys)
+        if found.config.get(key) != flat.get(key)
+    ]
+
+
+def _images(flat: Mapping[str, Any]) -> str:
+    section = {k.removeprefix("data."): v for k, v in flat.items() if k.startswith("data.")}
+    try:
+        (height, width, channels), num_classes = data.describe(section)
+    except (UserError, KeyError) as error:  # that of a fork, or damaged
+        return f"unknown ({str(error).rstrip('.')})"
+    return f"{height}x{width}x{channels} of {num_classes} classes"
+
+
 def _check_network(found: Pretrained, config: ConfigDict) -> None:
     flat = config_lib.flatten(config)
-    keys = sorted(
+    keys = {
         key
         for key in flat.keys() | found.config.keys()
         if (key.startswith("model.") and key not in ("model.dtype", *config_lib.LAYOUT))
-        or key in ("data.name", "data.image_size", "autoencoder.kind", "autoencoder.scale")
-    )
-    lines = [
-        f"{key}: {found.config.get(key)} there, {flat.get(key)} here"
-        for key in keys
-        if found.config.get(key) != flat.get(key)
-    ]
+        or key in ("autoencoder.kind", "autoencoder.scale")
+    }
+    lines = _differences(found, config, keys)
+    there, here = _images(found.config), _images(flat)
+    if there != here:
+        lines.append(f"images: {there} there, {here} here")
     if lines:
         raise UserError(
             f"{found.key}={found.workdir} is another network ({'; '.join(lines)}); expected one of "
-            "the same data set and config.model: use such a run, or change the config."
+            "the same config.model for such images: use such a run, or change the config."
         )
+
+
+def _check_data(found: Pretrained, config: ConfigDict) -> None:
+    lines = "; ".join(_differences(found, config, config_lib.SHOWN))
+    if lines and found.key == "teacher":
+        raise UserError(
+            f"teacher={found.workdir} was trained on other data ({lines}); expected the data of "
+            "this run, which is what it teaches: use such a teacher, or change the config."
+        )
+    if lines:  # fine-tuning
+        logging.info("%s=%s was trained on other data: %s.", found.key, found.workdir, lines)
 
 
 def _check_teacher(teacher: Pretrained, config: ConfigDict) -> None:

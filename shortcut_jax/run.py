@@ -199,8 +199,7 @@ def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[
             "training run: train first with python -m shortcut_jax.main, or mend the path."
         )
     trained, flat = read_config(workdir), config_lib.flatten(config)
-    sees = ("name", "builder", "image_size", "crop", "num_classes")
-    used = ("model.", "objective.", "autoencoder.", "ema_rate", *(f"data.{key}" for key in sees))
+    used = ("model.", "objective.", "autoencoder.", "ema_rate", *config_lib.SHOWN)
     matters = {
         key
         for key in trained.keys() | flat.keys()

@@ -1,5 +1,6 @@
 """Runs that another run cannot learn from or start from: one sentence, and nothing is done."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from configs import celebahq
 from shortcut_jax import data, metrics, objectives, pretrained, run, train
 from shortcut_jax.errors import UserError
 from tests.sentences import assert_sentence, contents
@@ -21,6 +23,24 @@ def flow(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "flow"
     save_run(workdir, small("flow_matching"), steps=(2,))
     return workdir
+
+
+@pytest.fixture(scope="module")
+def flow_of_photographs(tmp_path_factory) -> Path:
+    """The same, on photographs."""
+    workdir = tmp_path_factory.mktemp("runs") / "photographs"
+    config = celebahq.get_config("small,objective=flow_matching")
+    config.data.builder = "celebahq256"
+    save_run(workdir, config, steps=(2,))
+    return workdir
+
+
+@pytest.fixture(autouse=True)
+def other_data_sets(monkeypatch):
+    """Data sets like digits, one of them with a label less."""
+    digits = data.DATASETS["digits"]
+    monkeypatch.setitem(data.DATASETS, "letters", digits)
+    monkeypatch.setitem(data.DATASETS, "codes", dataclasses.replace(digits, num_classes=9))
 
 
 class Accepted(Exception):
@@ -95,9 +115,17 @@ BAD_TEACHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ..
     "another network here": (
         "TEACHER", {}, {"model.mlp_ratio": 2.0}, ("model.mlp_ratio: 4.0 there, 2.0 here", "use"),
     ),
-    "another data set": (
+    "other images": (
         "TEACHER", {"data.name": "fashion_mnist"}, {},
-        ("another network", "data.name: fashion_mnist there, digits here", "the same data set"),
+        ("another network", "images: 32x32x1 of 10 classes there, 8x8x1 of 10 classes here"),
+    ),
+    "images that nobody knows": (
+        "TEACHER", {"data.name": "faces"}, {},
+        ("another network", "images: unknown (There is no data set 'faces'", "8x8x1 of 10 "),
+    ),
+    "another data set of such images": (
+        "TEACHER", {"data.name": "letters"}, {},
+        ("was trained on other data (data.name: letters there, digits here)", "expected the data"),
     ),
     "unconditional": (
         "TEACHER", UNCONDITIONAL, {},
@@ -160,15 +188,49 @@ def test_a_run_without_a_checkpoint(accept, flow, tmp_path, key):
         ("TEACHER/absent", {}, ("names no run", "mend the path")),
         ("TEACHER/checkpoints/7", {}, ("TEACHER has 2;", "choose one of them")),
         ("TEACHER", {"model.depth": 3}, ("another network", "model.depth: 3 there, 1 here")),
-        ("TEACHER", {"data.name": "fashion_mnist"}, ("another network", "data.name: fashion")),
+        ("TEACHER", {"data.name": "fashion_mnist"}, ("another network", "images: 32x32x1 of 10")),
+        ("TEACHER", {"data.name": "codes"}, ("another network", "8x8x1 of 9 classes there")),
     ],
-    ids=["no run", "no such checkpoint", "another network", "another data set"],
+    ids=["no run", "no such checkpoint", "another network", "other images", "other labels"],
 )
 @pytest.mark.parametrize("objective", ["shortcut", "progressive_distillation"])
 def test_bad_starts(accept, flow, tmp_path, objective, text, changes, fragments):
     asked = {"teacher": str(flow)} if objective in LEARN_FROM_ONE else {}
     said = refused(flow, tmp_path, objective, changes, init_from=text, **asked)
     assert_sentence(said, ("init_from=", *fragments))
+
+
+BUILDERS = {"data.builder": "birds"}, {"data.builder": "faces"}
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "line"),
+    [
+        (*BUILDERS, "data.builder: birds there, faces here"),
+        ({"data.crop": "authors"}, {}, "data.crop: authors there, adm here"),
+        ({}, {"data.crop": "adm", "data.builder": "celebahq256"}, ""),
+    ],
+)
+def test_who_teaches_saw_the_same_images_and_who_is_tuned_need_not(
+    flow_of_photographs, tmp_path, caplog, there, here, line
+):
+    origin = like(flow_of_photographs, tmp_path / "origin", **there)
+
+    def find(objective, **asked):
+        config = celebahq.get_config(f"small,objective={objective}")
+        config.update_from_flattened_dict({"data.builder": "celebahq256", **here, **asked})
+        return pretrained.find(config)
+
+    with caplog.at_level("INFO", logger="absl"):
+        assert find("shortcut", init_from=str(origin)).init_from.step == 2
+    said = f"init_from={origin} was trained on other data: {line}."
+    assert (said in caplog.text) if line else ("other data" not in caplog.text)
+    if not line:
+        assert find("reflow", teacher=str(origin)).teacher.step == 2
+        return
+    with pytest.raises(UserError) as error:
+        find("reflow", teacher=str(origin))
+    assert_sentence(str(error.value), (f"teacher={origin} was trained on other data", line, "use"))
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]"])
