@@ -31,7 +31,8 @@ def main(function: Callable[..., None], parse: Parser | None = None) -> None:
     def guarded(argv: Sequence[str]) -> None:
         compilation_cache.use()
         try:
-            function(*argv[1:])
+            with distributed.devices_named():
+                function(*argv[1:])
             distributed.wait_for_others()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -143,15 +143,13 @@ def _devices() -> Sequence[Any]:
     import jax
 
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    try:
-        devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where a machine has no GPU
-        reason = " ".join(str(error).split())[:300] or "there is none"
+    if reason := _unusable():
         raise UserError(
             f"the devices of this process cannot be used (JAX_PLATFORMS={platforms}: {reason}); "
             "expected every host of a run to have the same kind: mend the driver of this host, "
             "leave it out, or see whether another one says more."
-        ) from error
+        )
+    devices = jax.devices()
     if devices[0].platform == "cpu" and platforms.split(",")[0] != "cpu":
         raise UserError(
             "this process found no accelerator and would compute on its CPU (JAX_PLATFORMS="
@@ -159,6 +157,40 @@ def _devices() -> Sequence[Any]:
             "driver of this host, leave it out, or set JAX_PLATFORMS=cpu on all to use CPUs."
         )
     return devices
+
+
+def _unusable() -> str:
+    """Why jax finds no devices, if so; else ""."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, wordless, for want of a GPU
+        return " ".join(str(error).split())[:300] or "none was found"
+    return ""
+
+
+@contextlib.contextmanager
+def devices_named() -> Iterator[None]:
+    """Says in a sentence that there is nothing of what JAX_PLATFORMS names.
+
+    What jax itself raises, as late as it is first asked for a device, may be without a word.
+
+    Raises:
+      UserError: the devices cannot be used, in the place of what is raised within.
+    """
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        # (jax without devices is what it says: nothing that was computed could have failed.)
+        if not platforms or "jax" not in sys.modules or not (reason := _unusable()):
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} asks for devices that cannot be used here ({reason}); "
+            "expected a machine that has them, with their driver and what jax needs for them, such "
+            "as pip install -e '.[cuda]': mend that, or set JAX_PLATFORMS=cpu to use the CPU."
+        ) from error
 
 
 def slurm_devices(env: Mapping[str, str]) -> list[int] | None:

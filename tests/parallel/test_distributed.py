@@ -2,6 +2,7 @@
 
 import signal
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -122,6 +123,35 @@ def test_processes_without_accelerators_end(tmp_path, platforms, fragments):
     environs = [slurm(i, 2, port) | {"JAX_PLATFORMS": platforms} for i in range(2)]
     for end in start_all([(program, environ) for environ in environs]):
         assert_sentence(error_of(*end), fragments)
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_a_platform_that_is_not_there_is_one_sentence(run_python, tmp_path):
+    args = ["-m", "shortcut_jax.main", SMALL, f"--workdir={tmp_path / 'run'}"]
+    done = run_python(args, env={"JAX_PLATFORMS": "cuda"})
+    fragments = ["JAX_PLATFORMS=cuda", "none was found", ".[cuda]", "set JAX_PLATFORMS=cpu"]
+    assert_sentence(error_of(done.returncode, done.stderr), fragments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("the driver is too old")])
+@pytest.mark.parametrize("platforms", ["cuda", "tpu,cpu", ""])
+def test_only_what_devices_are_to_blame_for_is_said_of_them(monkeypatch, platforms, error):
+    def fail():
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    with pytest.raises(type(error)), distributed.devices_named():
+        fail()  # with devices
+    monkeypatch.setattr(jax, "devices", fail)
+    expected = UserError if platforms else type(error)
+    with pytest.raises(expected) as found, distributed.devices_named():
+        jax.devices()
+    if platforms:
+        reason = str(error) or "none was found"
+        assert_sentence(str(found.value), [f"JAX_PLATFORMS={platforms} ", f"({reason})"])
+    with pytest.raises(OSError, match="disk"), distributed.devices_named():
+        raise OSError("disk")
 
 
 # ------------------------------------------------------------------ what is said where
