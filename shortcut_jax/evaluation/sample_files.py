@@ -127,8 +127,10 @@ class Npz:
 class Pngs:
     """A folder with 000000.png, 000001.png ... and labels.csv (lines path,label).
 
+    Files of the same names that are in the folder stay as they are until all samples have come.
+
     Args:
-      path: of the folder.
+      path: of the folder; beside it lies NAME.parts until it is whole.
       total: samples that will come.
       rule: key of `protocols.QUANTISE`; "none" is rounded, as a PNG holds whole grey levels.
       identity: what decides the samples, JSON.
@@ -136,25 +138,33 @@ class Pngs:
 
     def __init__(self, path: Path, total: int, rule: str, identity: Mapping[str, Any]) -> None:
         self.path, self._rule = path, "round" if rule == "none" else rule
-        # Until all are there; in the folder, so that it is gone where the images are.
-        self._parts = _Parts(path / "parts", total, {"rule": self._rule, **identity})
+        self._folder = path.with_name(f"{path.name}.parts")
+        self._parts = _Parts(self._folder, total, {"rule": self._rule, **identity})
         self.resumes = self._parts.resumes
 
     def write(self, first: int, images: NDArray[np.float32], labels: NDArray[np.int32]) -> None:
         """See `Sink`."""
         from PIL import Image
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._parts.write(first, labels=labels)  # first, as it removes what another pass has left
         for i, image in enumerate(quantise(self._rule, images), first):
             grey = image.shape[-1] == 1
-            Image.fromarray(image[..., 0] if grey else image).save(self.path / _name(i))
-        self._parts.write(first, labels=labels)
+            Image.fromarray(image[..., 0] if grey else image).save(self._folder / _name(i))
 
     def close(self) -> None:
-        """Writes the labels."""
+        """Moves the images to their folder and writes the labels, without which it is not whole.
+
+        Nothing is drawn meanwhile: it takes moments. If it is killed, it can be called again.
+        """
         labels = np.load(self._parts.file("labels"), allow_pickle=False)
+        self.path.mkdir(parents=True, exist_ok=True)
+        table = self.path / "labels.csv"
+        table.unlink(missing_ok=True)  # those of the images that are replaced
+        for name in map(_name, range(len(labels))):
+            if (self._folder / name).exists():  # else it was moved before
+                shutil.move(self._folder / name, self.path / name)
         lines = ["path,label", *(f"{_name(i)},{label}" for i, label in enumerate(labels)), ""]
-        write_atomically(self.path / "labels.csv", "\n".join(lines).encode())
+        write_atomically(table, "\n".join(lines).encode())
         self._parts.remove()
 
 

@@ -174,7 +174,7 @@ def _check_writable(workdir: str, **others: Path) -> None:
 def _sample_path(flag: str, value: str) -> Path:
     """An .npz to write, or a folder (a name without a suffix)."""
     path = Path(value)
-    if path.suffix not in (".npz", "") or (path.suffix and path.is_dir()):
+    if path.suffix not in (".npz", "") or (path.suffix and path.is_dir()) or not path.name:
         raise UserError(
             f"--{flag}={path} names neither an .npz file nor a folder; expected one to write: "
             f"give, for example, --{flag}=samples.npz."

@@ -47,11 +47,12 @@ def test_a_folder_of_pngs_holds_all_in_order(tmp_path, rule):
     write(Pngs(folder, 7, rule, PASS), BATCHES[:2])
     check_folder(folder, 7)
     again = Pngs(folder, 7, rule, PASS)
-    assert again.resumes and not (folder / "labels.csv").exists()
+    assert again.resumes and not folder.exists()
     write(again, BATCHES[1:])
     again.close()
     names = [f"{i:06}.png" for i in range(7)]
     assert sorted(p.name for p in folder.iterdir()) == [*names, "labels.csv"]
+    assert list(tmp_path.iterdir()) == [folder]
     expected = quantise("round" if rule == "none" else rule, IMAGES)
     for name, image in zip(names, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(folder / name)), image)
@@ -85,6 +86,46 @@ def test_another_pass_starts_anew(tmp_path, kind, total, rule, identity):
         assert other.path.read_bytes() == alone.path.read_bytes()
     else:
         assert contents(other.path) == contents(alone.path)
+
+
+def test_images_of_another_pass_stay_until_all_have_come(tmp_path):
+    folder = tmp_path / "s"
+    for sink in (Pngs(folder, 7, "round", PASS), Pngs(tmp_path / "x", 7, "truncate", PASS)):
+        write(sink, BATCHES)
+        sink.close()
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    write(Pngs(folder, 7, "truncate", PASS), BATCHES[:2])  # and is killed
+    assert contents(folder) == before
+    again = Pngs(folder, 7, "truncate", PASS)
+    write(again, BATCHES[1:])
+    assert contents(folder) == before
+    again.close()
+    assert contents(folder) == {**contents(tmp_path / "x"), "notes.txt": b"mine"}
+
+
+def test_killed_while_images_are_moved(tmp_path, monkeypatch):
+    folder = tmp_path / "s"
+    write(sink := Pngs(folder, 7, "round", PASS), BATCHES)
+    sink.close()
+    write(other := Pngs(folder, 7, "truncate", PASS), BATCHES)
+    move, moved = shutil.move, []
+
+    def killed(source, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(move(source, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "move", killed)
+        other.close()
+    assert not (folder / "labels.csv").exists()  # which says that it is not whole
+    again = Pngs(folder, 7, "truncate", PASS)
+    assert again.resumes
+    again.close()
+    write(alone := Pngs(tmp_path / "x", 7, "truncate", PASS), BATCHES)
+    alone.close()
+    assert contents(folder) == contents(alone.path)
 
 
 def test_parts_that_were_being_removed_are_not_gone_on_with(tmp_path, monkeypatch):

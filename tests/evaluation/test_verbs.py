@@ -168,6 +168,7 @@ BAD = {
     "no reference": (["calc", "--images=MANY"], ("--reference is missing",)),
     "no out": (["sample", "RUN"], ("--out is missing", "samples.npz")),
     "a picture": (["sample", "RUN", "--out=a.png"], ("--out=a.png", ".npz file nor a folder")),
+    "a folder without a name": (["sample", "RUN", "--out=."], ("--out=. names neither",)),
     "other images": (
         ["sample", "RUN", "--out=FOLDER", "--steps=1", "--config.eval.num_samples=2", "--dry_run"],
         ("FOLDER", "other than the 2", "(1, the first 000002.png)", "another folder"),
