@@ -122,6 +122,12 @@ OPTIONAL: dict[str, Any] = {
 # Keys of the model that say how it is computed, not what.
 LAYOUT = ("model.remat", "model.scan_layers", "model.attention")
 
+# Keys that name files of one machine. Those of weights may hold "random" instead.
+PATHS = (
+    "teacher", "init_from", "data.data_dir", "data.idx_dir", "data.latents", "autoencoder.weights",
+    "eval.reference", "eval.inception_weights", "eval.dinov2_weights",
+)  # fmt: skip
+
 # Keys that say what a network was shown: whose images, cut how, and labelled how.
 SHOWN = ("data.name", "data.builder", "data.image_size", "data.crop", "data.num_classes")
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs import celebahq
 from shortcut_jax import checkpoint, run, sampling
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import OBJECTIVES
+from shortcut_jax.parallel import sharding
 from shortcut_jax.weights import conversion, exported
 from tests.golden import export_cases
 from tests.sentences import assert_sentence, contents
@@ -91,6 +93,25 @@ def test_the_description_says_all_that_sampling_needs(folder):
     assert steps["1"] == {"d": 1.0, "guidance": 1.0} and steps["4"]["d"] == 0.25
     assert steps["128"] == {"d": 0.0, "guidance": 1.5}
     assert found["objective"]["name"] == "shortcut" and found["step"] == 8
+
+
+def test_the_description_does_not_depend_on_where_files_are():
+    def described(**overrides):
+        config = celebahq.get_config("small,objective=reflow")
+        config.update_from_flattened_dict(overrides)
+        setup = run.build(config, sharding.make_mesh(1, 1))
+        return json.dumps(exported.describe(setup, 1, "ema"))
+
+    names = ("data.builder", "eval.inception_sha256", "eval.dinov2_sha256")  # no paths
+    flat = config_lib.flatten(celebahq.get_config("small,objective=reflow"))
+    paths = [key for key, value in flat.items() if value == "" and key not in names]
+    assert len(paths) >= 7
+    plain = described()
+    assert described(**{key: f"/home/me/{key}" for key in paths}) == plain
+    assert json.loads(plain)["config"]["autoencoder.weights"] == "random"  # decides the latents
+    assert described(**{"autoencoder.weights": "/home/me/vae.safetensors"}) == plain.replace(
+        '"autoencoder.weights": "random"', '"autoencoder.weights": ""'
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

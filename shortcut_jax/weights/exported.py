@@ -54,8 +54,16 @@ def describe(setup: run.Setup, step: int, params: str) -> dict[str, Any]:
         "conventions": CONVENTIONS,
         "step": step,
         "params": params,
-        "config": config_lib.flatten(setup.config),
+        "config": _without_paths(config_lib.flatten(setup.config)),
         "versions": versions.recorded(),
+    }
+
+
+def _without_paths(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what only the machine that trained it has, or is to know."""
+    return {
+        key: "" if key in config_lib.PATHS and value != "random" else value
+        for key, value in flat.items()
     }
 
 
