@@ -34,12 +34,29 @@ def check(config: ConfigDict) -> None:
 def train_once(config: ConfigDict, workdir: Path) -> None:
     """Trains to the end without evaluations on the way, or does nothing if that was done."""
     config.eval.every = 0
+    _refuse_another_length(config, workdir)
     finished = distributed.of_process_0(run.finished_step(workdir))
     if finished is not None:
         run.claim_workdir(config, workdir)  # refuses another config
     if finished != config.total_steps:
         logging.info("Training %s.", workdir)
         train.train(config, workdir)
+
+
+def _refuse_another_length(config: ConfigDict, workdir: Path) -> None:
+    """A run may go on for longer, but its RESULT, or what was taught by it, is of the old length.
+
+    Raises:
+      UserError: the run in the workdir has another number of updates.
+    """
+    path = workdir / "config.json"
+    there = run.read_config(workdir).get("total_steps") if path.exists() else config.total_steps
+    if there != config.total_steps:
+        raise UserError(
+            f"{path} is of a run of total_steps={there}, which this comparison would give "
+            f"{config.total_steps}; expected the same number: ask for what it was begun with "
+            "(total_steps, --teacher_share), or use another --workdir; nothing was changed."
+        )
 
 
 def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None:
@@ -53,6 +70,7 @@ def perform(config: ConfigDict, workdir: Path, facts: Mapping[str, Any]) -> None
     config.eval.every = 0  # the curve at the end is what is compared
     flat = config_lib.flatten(config)
     if distributed.of_process_0((workdir / RESULT).exists()):
+        _refuse_another_length(config, workdir)
         run.claim_workdir(config, workdir)  # refuses another config
         if _same_evaluation(read_json(workdir / RESULT, "the result of an experiment"), flat):
             return
@@ -101,8 +119,9 @@ def results(workdir: Path, config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _same_evaluation(result: Mapping[str, Any], flat: Mapping[str, Any]) -> bool:
+    there = config_lib.with_defaults(result["config"])  # an older version may lack keys
     return all(
-        result["config"][key] == flat[key]
+        there.get(key) == flat[key]
         for key in flat
         if key.startswith("eval.") and key != "eval.every"
     )

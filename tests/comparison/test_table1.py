@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from configs import digits, fashion_mnist
+from shortcut_jax import config as config_lib
 from shortcut_jax import objectives, run
 from shortcut_jax.comparison import ablations, budget, experiment, table1_report
 from shortcut_jax.comparison.paper_results import TABLE_1
 from shortcut_jax.errors import UserError
+from tests.sentences import assert_sentence, contents
 
 # ------------------------------------------------------------------ equal compute
 
@@ -303,6 +305,35 @@ def test_rows_measured_otherwise_are_left_out(table):
     assert experiment.results(table[0], config) == []
 
 
+def test_a_result_of_another_length_does_not_stand_for_a_longer_run(tmp_path):
+    config = digits.get_config("small,objective=flow_matching")
+    config.optimizer.schedule = "constant"  # so that training may go on
+    run.claim_workdir(config, tmp_path)
+    recorded = {"config": config_lib.flatten(config), "records": []}
+    recorded["config"]["eval.every"] = 0
+    (tmp_path / experiment.RESULT).write_text(json.dumps(recorded))
+    before = contents(tmp_path)
+    config.total_steps += 1
+    for begin in (lambda: experiment.perform(config, tmp_path, {}),
+                  lambda: experiment.train_once(config, tmp_path)):  # fmt: skip
+        with pytest.raises(UserError) as error:
+            begin()
+        fragments = ("config.json is of a run of total_steps=8", "give 9", "another --workdir")
+        assert_sentence(str(error.value), fragments)
+    assert contents(tmp_path) == before
+    config.total_steps -= 1
+    experiment.perform(config, tmp_path, {})  # which is done already
+
+
+def test_a_result_of_an_older_version_is_read(table, tmp_path):
+    path = tmp_path / "seed_0" / "flow_matching" / experiment.RESULT
+    shutil.copytree(table[0] / "seed_0" / "flow_matching", path.parent)
+    found = json.loads(path.read_text())
+    assert found["config"].pop("eval.seed") == config_lib.default().eval.seed
+    path.write_text(json.dumps(found))
+    assert len(experiment.results(tmp_path, digits.get_config("small"))) == 1
+
+
 def test_report_of_several_tables(table, run_quickly, tmp_path):
     out, path = tmp_path / "results.md", table[0] / "table1.json"
     flags = [f"--tables={path},{path}", f"--out={out}"]
@@ -318,7 +349,8 @@ WRONG = {
         "optimizer.lr: 0.004 -> 0.001",
     ),
     "a teacher of another budget": (
-        [LONGER, "--rows=progressive_distillation", "--teacher_share=0.4"], "past total_steps=12",
+        [LONGER, "--rows=progressive_distillation", "--teacher_share=0.4"],
+        "teacher/config.json is of a run of total_steps=14, which this comparison would give 12",
     ),
     "nothing to compare": (
         ["--rows=shortcut", "--config.eval.metrics=()"], "eval.metrics is empty",
