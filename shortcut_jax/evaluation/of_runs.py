@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from shortcut_jax import checkpoint, data, parameters, run
+from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.evaluation.measuring import Evaluation, Evaluator
 from shortcut_jax.evaluation.partial import FOLDER
@@ -50,7 +51,7 @@ class RunEvaluator:
         ways = cells(self._setup, self._grid)
         for which in dict.fromkeys(cell.params for cell in ways):
             parameters.check(self._checkpoints, step, which)
-        when = (self._checkpoints.directory / str(step)).stat().st_mtime_ns
+        when = self._written_at(step)
         parts = []
         for which, of_params in itertools.groupby(ways, lambda cell: cell.params):
             params, shardings = run.restore_params(self._setup, self._checkpoints, step, which)
@@ -72,6 +73,15 @@ class RunEvaluator:
             [record for part in parts for record in part.records],
             {cell: images for part in parts for cell, images in part.samples.items()},
         )
+
+    def _written_at(self, step: int) -> int:
+        path = self._checkpoints.directory / str(step)
+        try:
+            return path.stat().st_mtime_ns
+        except OSError as error:  # a run that goes on keeps its newest alone
+            raise UserError(
+                f"{path} cannot be read ({error}); expected a finished checkpoint: take another."
+            ) from error
 
     def _start(self, params: Any, shardings: Any, ways: Sequence[Cell]) -> Evaluator:
         """Everything that can fail, before the long part."""
