@@ -115,8 +115,6 @@ class Evaluator:
                 decisive["sink"] = str(into.path)
             kept = Partial(partial, decisive)
             collections, pictures[cell] = self._sample(params, cell, kept, into)
-            if into is not None and distributed.writes():
-                into.close()
             for gauge, collection, reference in zip(
                 self._gauges, collections, self.compared_with(), strict=True
             ):
@@ -156,7 +154,10 @@ class Evaluator:
         section = self._setup.config.eval
         total, size = section.num_samples, section.batch_size
         collections = [gauge.of_samples(total) for gauge in self._gauges]
-        stored = partial.load() if sink is None or sink.resumes else {}
+        stored = partial.load()
+        closed = sink is not None and int(stored.get("closed", 0)) == sink.stamp() != 0
+        if sink is not None and not (sink.resumes or closed):
+            stored = {}
         # Samples that are not in the sink must be drawn again, also if this pass is killed at once.
         if not stored and distributed.writes():
             partial.remove()
@@ -182,6 +183,10 @@ class Evaluator:
             if distributed.writes():
                 partial.store(_state(done, pictures, collections), now=done == total)
             progress(done)
+        if sink is not None and not closed and distributed.writes():
+            sink.close()
+            whole = {"closed": np.asarray(sink.stamp())}
+            partial.store(_state(total, pictures, collections) | whole, now=True)
         return collections, np.concatenate(pictures)[: section.grid_rows]
 
     def _batches(self, params: Any, cell: Cell, begin: int) -> Iterator[Batch]:

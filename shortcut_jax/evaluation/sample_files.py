@@ -38,6 +38,9 @@ class Sink(Protocol):
     def close(self) -> None:
         """All samples have come."""
 
+    def stamp(self) -> int:
+        """What tells the whole from what takes its place later; 0 while it is not there."""
+
 
 # What takes the samples of a cell, of which the mapping says all that decides them, JSON.
 Sinks = Callable[[Cell, Mapping[str, Any]], Sink]
@@ -123,6 +126,10 @@ class Npz:
                     shutil.copyfileobj(part, copy)
         self._parts.remove()
 
+    def stamp(self) -> int:
+        """See `Sink`."""
+        return self.path.stat().st_mtime_ns if self.path.exists() else 0
+
 
 class Pngs:
     """A folder with 000000.png, 000001.png ... and labels.csv (lines path,label).
@@ -138,6 +145,7 @@ class Pngs:
 
     def __init__(self, path: Path, total: int, rule: str, identity: Mapping[str, Any]) -> None:
         self.path, self._rule = path, "round" if rule == "none" else rule
+        self._table, self._total = path / "labels.csv", total
         self._folder = path.with_name(f"{path.name}.parts")
         self._parts = _Parts(self._folder, total, {"rule": self._rule, **identity})
         self.resumes = self._parts.resumes
@@ -158,14 +166,18 @@ class Pngs:
         """
         labels = np.load(self._parts.file("labels"), allow_pickle=False)
         self.path.mkdir(parents=True, exist_ok=True)
-        table = self.path / "labels.csv"
-        table.unlink(missing_ok=True)  # those of the images that are replaced
+        self._table.unlink(missing_ok=True)  # those of the images that are replaced
         for name in map(_name, range(len(labels))):
             if (self._folder / name).exists():  # else it was moved before
                 shutil.move(self._folder / name, self.path / name)
         lines = ["path,label", *(f"{_name(i)},{label}" for i, label in enumerate(labels)), ""]
-        write_atomically(table, "\n".join(lines).encode())
+        write_atomically(self._table, "\n".join(lines).encode())
         self._parts.remove()
+
+    def stamp(self) -> int:
+        """See `Sink`."""
+        files = [self._table, *(self.path / _name(i) for i in range(self._total))]
+        return self._table.stat().st_mtime_ns if all(map(Path.exists, files)) else 0
 
 
 def check_folder(path: Path, total: int) -> None:

@@ -7,9 +7,11 @@ from configs import digits
 from shortcut_jax import metrics, run, state
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.evaluation import grid, measuring, partial
+from shortcut_jax.evaluation.sample_files import Npz, Pngs
 from shortcut_jax.parallel import sharding
 from tests.evaluation.test_measuring import MeanPixels
 from tests.kept_samples import Kept
+from tests.sentences import contents
 
 CELLS = [grid.Cell("ema", 1.0, n) for n in (1, 2)]
 
@@ -145,6 +147,29 @@ def test_a_sink_begun_anew_and_killed_gets_all_samples_the_next_time(evaluate, t
     again = Firsts(resumes=True)
     evaluate(tmp_path, sink=again)
     assert again.batches == [0, 4, 8, 12, 16, 20]  # of the first cell; the second was not touched
+
+
+@pytest.mark.parametrize("kind", [Npz, Pngs])
+def test_samples_of_a_cell_that_is_done_are_not_drawn_again(evaluate, tmp_path, kind):
+    def into(folder):
+        folder.mkdir()
+        return lambda cell, identity: kind(folder / f"s{cell.num_steps}", 23, "round", identity)
+
+    expected, _ = evaluate(None, sink=into(tmp_path / "at once"))
+    sinks = into(tmp_path / "killed")
+    with pytest.raises(Killed):
+        evaluate(tmp_path / "partial", killed_after=8, sink=sinks)  # 6 batches for each cell
+    found, seen = evaluate(tmp_path / "partial", sink=sinks)
+    assert seen == 4 * 5  # one had been seen, and was not written
+    assert_same(found, expected)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
+    assert evaluate(tmp_path / "partial", sink=sinks)[1] == 0
+    first = next((tmp_path / "killed").rglob("s1" if kind is Npz else "s1/000003.png"))
+    first.unlink()
+    assert evaluate(tmp_path / "partial", sink=sinks)[1] == 24
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
+    first.with_name("labels.csv" if kind is Pngs else "s1").write_bytes(b"of another pass")
+    assert evaluate(tmp_path / "partial", sink=sinks)[1] == 24
 
 
 def test_storing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
