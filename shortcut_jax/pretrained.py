@@ -74,6 +74,8 @@ def find(config: ConfigDict, resuming: bool = False, has_pairs: bool = False) ->
     validation.check_teacher(config)
     from_pairs = OBJECTIVES[config.objective.name].teacher == "pairs"
     teacher = init_from = None
+    if resuming and from_pairs and not has_pairs:
+        logging.info("Pairs of this run are missing, which its teacher has to make again.")
     if config.teacher and (not resuming or (from_pairs and not has_pairs)):
         teacher = _find("teacher", config.teacher)
     if config.init_from and not resuming:

@@ -158,11 +158,11 @@ class Evaluator:
         closed = sink is not None and int(stored.get("closed", 0)) == sink.stamp() != 0
         if sink is not None and not (sink.resumes or closed):
             stored = {}
+        begin = int(stored.get("next", 0))
+        distributed.agree({"first sample to draw": begin})  # all have read it from one folder
         # Samples that are not in the sink must be drawn again, also if this pass is killed at once.
         if not stored and distributed.writes():
             partial.remove()
-        begin = int(stored.get("next", 0))
-        distributed.agree({"first sample to draw": begin})  # all read it from one folder
         pictures = [stored["pictures"]] if begin else []
         for i, collection in enumerate(collections if begin else []):
             prefix = f"{i}/"
