@@ -35,6 +35,12 @@ def main() -> None:
         raise UserError("--out is missing; expected the folder of the latents: give --out=FOLDER.")
     folder, config = Path(OUT.value), config_flag.CONFIG.value
     if VERIFY.value:
+        for flag in (DTYPE, BATCH_SIZE, TASK_INDEX, TASK_COUNT):
+            if flag.present:
+                raise UserError(
+                    f"--{flag.name} is given, but --verify reads all latents as they are; expected "
+                    "one of the two: leave out the other."
+                )
         print(f"{latent_cache.verify(folder):,} images in {folder}: every byte is as written.")
         return
     run.check(config)

@@ -260,7 +260,9 @@ def _set_authors_code(config: ConfigDict) -> None:
     for path, value in AUTHORS_CODE.items():
         section, key = path.split(".")
         config[section][key] = value
-    config.objective.update(objectives.OBJECTIVES[config.objective.name].authors_code)
+    objective = objectives.OBJECTIVES[config.objective.name]
+    config.objective.update(objective.authors_code)
+    config.model.update(objective.model_settings)
 
 
 # ---------------------------------------------------------------------- resolved configs

@@ -23,6 +23,11 @@ def main() -> None:
     # after the flags: a wrong one should fail at once
     from shortcut_jax import averages, pretrained, run, train
 
+    if REPORT.value is not None and TOPOLOGY.value is None:
+        raise UserError(
+            f"--report={REPORT.value} keeps what --topology finds, which is not given; expected "
+            "both: add --topology=v5e:4x4, for example, or leave out --report."
+        )
     if TOPOLOGY.value is not None:
         compile_for(TOPOLOGY.value)
     elif DRY_RUN.value:

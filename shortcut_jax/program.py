@@ -119,7 +119,8 @@ def build(
 
     def init() -> TrainState:
         params = state.init_params(setup.network, setup.image_shape, seed)
-        # The EMA starts at the initial parameters: no warm-up, no bias correction (1.16).
+        # The EMA starts at the initial parameters, with neither a warm-up of its rate nor a
+        # correction of this bias: so does the released code's.
         ema = jax.tree.map(jnp.copy, params)
         teacher = jax.tree.map(jnp.copy, params) if objective.teacher == "targets" else {}
         zero = jnp.zeros((), jnp.int32)

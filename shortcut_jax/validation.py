@@ -65,6 +65,14 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     objective = build_objective(config, num_classes=0)
     objective.validate(config.batch_size, num_shards=1)
     check(
+        config.model.step_embedding != "log2"
+        or objective.num_levels > 0
+        or not objective.uses_step_size,
+        "model.step_embedding=log2 tells the step sizes 1, 1/2 ... 1/M apart, but "
+        f"objective={config.objective.name} has steps of any size; expected d: set "
+        "--config.model.step_embedding=d.",
+    )
+    check(
         total >= objective.num_stages,
         f"total_steps={total} is less than the {objective.num_stages} stages of objective="
         f"{config.objective.name}, of which none may be left out; expected at least that many: "
@@ -359,6 +367,12 @@ def _check_guidance(objective: ConfigDict) -> None:
         f"objective.cfg_scale={scale} guides with the model without labels, which "
         "objective.class_dropout=0.0 never trains; expected some dropout: set it to 0.1, or "
         "cfg_scale to 1 (no guidance).",
+    )
+    check(
+        dropout > 0 or not objective.get("bootstrap_label_dropout", False),
+        "objective.bootstrap_label_dropout=True drops labels as often as in other rows, which "
+        "objective.class_dropout=0.0 makes never; expected some dropout: set class_dropout to 0.1, "
+        "or leave out the other.",
     )
     check(
         dropout < 1 or scale == 0,

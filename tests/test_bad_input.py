@@ -245,10 +245,20 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"objective.cfg_scale": 2.0, "objective.class_dropout": 0.0},
         ("objective.cfg_scale=2.0", "objective.class_dropout=0.0", "expected", "set it to 0.1"),
     ),
+    "dropout of bootstrap rows alone": (
+        "small",
+        {"objective.bootstrap_label_dropout": True},
+        ("bootstrap_label_dropout=True", "objective.class_dropout=0.0", "set class_dropout to 0.1"),
+    ),
     "labels never learned": (
         "small",
         {"objective.class_dropout": 1.0},
         ("objective.class_dropout=1.0", "objective.cfg_scale=1.0", "set cfg_scale to 0"),
+    ),
+    "tokens of step sizes": (
+        "small,objective=mean_flow",
+        {"model.step_embedding": "log2"},
+        ("model.step_embedding=log2", "objective=mean_flow", "expected d", "step_embedding=d"),
     ),
     "time steps": (
         "small",

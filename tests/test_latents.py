@@ -373,9 +373,17 @@ def test_no_name_of_the_folder(run_python):
     assert done.returncode == 2 and "error: --out is missing" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--task_index=0"], ["--task_index=2", "--task_count=2"]])
-def test_half_a_task(run_python, tmp_path, flags):
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task_index=0"], "do not name a task"),
+        (["--task_index=2", "--task_count=2"], "do not name a task"),
+        (["--verify", "--task_index=0", "--task_count=2"], "--task_index is given, but --verify"),
+    ],
+    ids=["half", "beyond", "verify"],
+)
+def test_tasks_that_there_are_not(run_python, tmp_path, flags, said):
     at = ["--config=configs/imagenet.py:small", f"--out={tmp_path}"]
     done = run_python(["-m", "shortcut_jax.cache_latents", *at, *flags])
-    assert done.returncode == 2 and "do not name a task" in done.stderr
+    assert done.returncode == 2 and said in done.stderr
     assert not list(Path(tmp_path).iterdir())

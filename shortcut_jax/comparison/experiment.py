@@ -22,8 +22,13 @@ RESULT = "result.json"  # in the workdir of an experiment that is done
 
 
 def check(config: ConfigDict) -> None:
-    """As `run.check`, and refuses a config that measures nothing (UserError)."""
+    """As `run.check`, and refuses a config of one seed or that measures nothing (UserError)."""
     run.check(config)
+    if config.seed:
+        raise UserError(
+            f"seed={config.seed} is set, but the runs of a comparison have the seeds 0, 1 ... "
+            "SEEDS-1; expected it to be 0: leave it out, and say how many with --seeds."
+        )
     if not config.eval.metrics:
         raise UserError(
             "eval.metrics is empty, so that nothing is compared; expected a metric of these "

@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from shortcut_jax.metrics import references
 from shortcut_jax.parallel import distributed, preemption
 
 FLAGS = flags.FLAGS
+
+# Flags that are keys of the section eval where there is no config, and those that say of statistics
+# what images say themselves.
+_EVAL_KEYS = (
+    "metrics", "protocols", "allow_small_n", "inception_weights", "inception_sha256",
+    "dinov2_weights", "dinov2_sha256",
+)  # fmt: skip
+_OF_STATISTICS = ("image_size", "num_images")
 
 
 # ---------------------------------------------------------------------- a trained model
@@ -105,7 +113,9 @@ def follow() -> None:
 def _prepare(wait: bool = False) -> tuple[run.Setup, str, Grid]:
     config, workdir = config_flag.CONFIG.value, workdir_flag.workdir()
     grid = Grid(
-        tuple(_numbers("steps", int)), tuple(FLAGS.params), tuple(_numbers("cfg_scales", float))
+        tuple(_numbers("steps", int)),
+        tuple(dict.fromkeys(FLAGS.params)),
+        tuple(_numbers("cfg_scales", float)),
     )
     setup = run.prepare(config)
     check_grid(setup, grid)
@@ -242,6 +252,7 @@ def ref() -> None:
         )
     if config is not None:
         run.check(config)
+        _refuse_beside("--config", (*_EVAL_KEYS, *_OF_STATISTICS))
     section = _section() if config is None else config.eval
     _check_metrics(section)
     if config is None:
@@ -312,14 +323,18 @@ def calc() -> None:
 
 def _section() -> dict[str, Any]:
     """The section eval that the flags stand for."""
-    names = (
-        "allow_small_n", "inception_weights", "inception_sha256", "dinov2_weights", "dinov2_sha256",
-    )  # fmt: skip
-    return {
-        "metrics": tuple(FLAGS.metrics),
-        "protocols": tuple(FLAGS.protocols),
-        **{name: FLAGS[name].value for name in names},
-    }
+    values = {name: FLAGS[name].value for name in _EVAL_KEYS}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _refuse_beside(what: str, names: Sequence[str]) -> None:
+    """Raises UserError if a flag is given that would not be heard."""
+    for name in names:
+        if FLAGS[name].present:
+            raise UserError(
+                f"--{name} is given beside {what}, which says that itself; expected one of the "
+                f"two: leave out --{name}."
+            )
 
 
 def _check_metrics(section: Mapping[str, Any]) -> None:
@@ -361,8 +376,11 @@ def _of_images(path: Path, section: Mapping[str, Any]) -> Callable[[], list[refe
         images = image_sets.open_images(path, _channels(section))
     if "mu" not in names:
         assert images is not None
+        _refuse_beside(f"the images of {path}", _OF_STATISTICS)
         return _of_dataset(images, section, workers=0)
-    if images is None and not FLAGS.image_size:
+    if images is not None:
+        _refuse_beside(f"the images of {path}", ("image_size",))
+    elif not FLAGS.image_size:
         raise UserError(
             f"{path} holds mu and sigma, but not the size of the images behind them; expected it, "
             "so that others are refused: give --image_size=256, for example."

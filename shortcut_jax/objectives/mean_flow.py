@@ -36,8 +36,9 @@ class MeanFlow(base.Objective):
 
     uses_step_size: ClassVar[bool] = True
     differentiates_forward: ClassVar[bool] = True
-    # The derivative in t of sinusoids of 1,000 t is too rough: training diverges.
-    model_settings: ClassVar[Mapping[str, Any]] = {"time_scale": 1.0}
+    # The derivative in t of sinusoids of 1,000 t is too rough: training diverges. And d is any
+    # number in (0, 1), not one of the few that "log2" tells apart.
+    model_settings: ClassVar[Mapping[str, Any]] = {"time_scale": 1.0, "step_embedding": "d"}
 
     @property
     def branches(self):

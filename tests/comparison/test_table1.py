@@ -355,6 +355,7 @@ WRONG = {
     "nothing to compare": (
         ["--rows=shortcut", "--config.eval.metrics=()"], "eval.metrics is empty",
     ),
+    "a seed": (["--rows=shortcut", "--config.seed=3"], "seed=3 is set"),
     # Every row is checked before any is trained.
     "a row that cannot be trained": ([f"--rows={ROWS}"], "total_steps=3 is less than the 7 stages"),
     "no row of that name": (["--rows=shortcut,gan"], "holds gan; expected some of"),

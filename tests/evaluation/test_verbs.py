@@ -40,7 +40,7 @@ def done(evaluate, workdir):
     folder, run = workdir.parent, [SMALL, f"--workdir={workdir}", *OWN]
     metrics = "--metrics=fd_digits,fd_digits_mlp64"
     commands = {
-        "grid": ["run", *run, "--params=ema,online", "--cfg_scales=1,2"],
+        "grid": ["run", *run, "--params=ema,online,ema", "--cfg_scales=1,2"],
         "npz": ["sample", *run, f"--out={folder / 'many.npz'}"],
         "pngs": ["sample", *run, "--steps=1", f"--out={folder / 'pngs'}", "--step=4"],
         "ref": ["ref", SMALL, f"--out={folder / 'ref.npz'}"],
@@ -174,6 +174,14 @@ BAD = {
         ("FOLDER", "other than the 2", "(1, the first 000002.png)", "another folder"),
     ),
     "two sources": (["ref", SMALL, "--images=MANY", "--out=a.npz"], ("--config", "just one")),
+    "two sections": (
+        ["ref", SMALL, "--metrics=fd_digits", "--out=a.npz"],
+        ("--metrics is given", "--config", "leave out --metrics"),
+    ),
+    "size of images": (
+        ["ref", "--images=MANY", "--image_size=8", "--metrics=fd_digits", "--out=a.npz"],
+        ("--image_size is given", "MANY", "leave out --image_size"),
+    ),
     "no source": (["ref", "--out=a.npz"], ("--config", "--images", "give one")),
     "no file": (["ref", SMALL], ("--out=None", "expected an .npz")),
     "steps": (["run", "RUN", "--steps=3"], ("3", "power of two")),

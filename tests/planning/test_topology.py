@@ -128,10 +128,18 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     assert_sentence(str(caught.value), ["v5e:4x4 needs libtpu", "pip install -e '.[tpu]'"])
 
 
-def test_topology_needs_dry_run(run_python):
-    done = run_python([*SMALL[:-1], "--workdir=runs/x", "--topology=cpu:8"])
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        ([*SMALL[:-1], "--topology=cpu:8"], ["--topology=cpu:8", "--dry_run", "add that"]),
+        ([*SMALL, "--report=a.json"], ["--report=a.json", "--topology", "leave out --report"]),
+    ],
+    ids=["dry_run", "topology"],
+)
+def test_flags_that_go_together(run_python, args, fragments):
+    done = run_python([*args, "--workdir=runs/x"])
     assert done.returncode == 2
-    assert_sentence(done.stderr.splitlines()[-1], ["--topology=cpu:8", "--dry_run", "add that"])
+    assert_sentence(done.stderr.splitlines()[-1], fragments)
 
 
 def test_a_mesh_stays_within_slices():
