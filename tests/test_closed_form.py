@@ -1,20 +1,10 @@
-"""Targets and samplers against the exact flow of a mixture of Gaussians.
+"""Targets against the exact flow of a mixture of Gaussians: see exact_networks.py."""
 
-Tolerances. The truth is float64 Runge-Kutta of 128 substeps, within 1e-7. The same shortcut as a
-network (`shortcut`: float32, 40 substeps) is within 1e-5 of it by its method, and rounding adds
-less: what a few of its answers make up must be within EXACT. Random checks are in standard errors
-and allow 4.5, which one of 150,000 right ones exceeds; their draws are fixed.
-"""
-
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shortcut_jax import rng, sampling
-from shortcut_jax.objectives import Batch, Progress, Velocities, common
+from shortcut_jax.objectives import common
 from shortcut_jax.objectives.base import rows
 from shortcut_jax.objectives.consistency_distillation import ConsistencyDistillation
 from shortcut_jax.objectives.consistency_training import ConsistencyTraining
@@ -25,68 +15,26 @@ from shortcut_jax.objectives.mean_flow import MeanFlow
 from shortcut_jax.objectives.progressive_distillation import ProgressiveDistillation
 from shortcut_jax.objectives.shortcut import Shortcut
 from tests import gaussian_mixture as truth
-
-NULL = 1
-M = 128
-EXACT = 2e-5
-STANDARD_ERRORS = 4.5
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-FLOW = FlowMatching(null_label=NULL)
-SHORTCUT = Shortcut(null_label=NULL)
-# But for the share of rows, with whose shapes no other test would share compiled operations.
-AUTHORS = {**Shortcut.authors_code, "bootstrap_fraction": 0.25}
-
-
-@jax.jit
-def shortcut(x, t, d, labels=None):
-    """The exact shortcut; d = 0 asks for the exact velocity."""
-    return truth.average_velocity(x, t, d, 40, loop=jax.lax.fori_loop)
-
-
-@jax.jit
-def jax_velocity(x, t, d=None, labels=None):
-    return truth.velocity(x, t)
-
-
-def shortcut_over_1_128(x, t, d, labels):
-    """The exact shortcut of a network that takes d = 0 for the smallest step."""
-    return shortcut(x, t, jnp.where(d == 0, 1 / M, d))
-
-
-def to_the_end(x, t, d, labels):
-    """The exact consistency function, x + (1 - t) v = X_{t->1}(x)."""
-    return shortcut(x, t, 1 - t)
-
-
-def exact_noise(x, t, d, labels):
-    """E[x_0 | x] at diffusion's level s = 1000 (1 - t) - 1."""
-    alpha_bar = jnp.asarray(ALPHA_BAR, jnp.float32)[jnp.round(1000 * (1 - t)).astype(int) - 1]
-    return truth.posterior_means(x, jnp.sqrt(1 - alpha_bar), jnp.sqrt(alpha_bar))[0]
-
-
-def unused(*args):
-    raise AssertionError("no network is asked here")
-
-
-def zero(x, t, d, labels):
-    return jnp.zeros_like(x)
-
-
-def make_targets(objective, n, *, online=unused, ema=unused, teacher=unused, stage=0, stages=1):
-    batch = Batch(jnp.asarray(truth.sample(n), jnp.float32), jnp.zeros(n, jnp.int32))
-    draw, velocities = rng.draws(0, "train", 0), Velocities(online, ema, teacher)
-    targets, _ = objective.targets(draw, batch, velocities, Progress(jnp.int32(stage), stages))
-    return batch, jax.tree.map(np.asarray, targets)
-
-
-def rms(error):
-    return np.sqrt(np.mean(error**2))
-
-
-def order(step_counts, errors):
-    """p of error = C / n^p, between neighbours."""
-    return -np.diff(np.log(errors)) / np.diff(np.log(step_counts))
-
+from tests.exact_networks import (
+    ALPHA_BAR,
+    AUTHORS,
+    EXACT,
+    FLOW,
+    NULL,
+    SHORTCUT,
+    STANDARD_ERRORS,
+    M,
+    euler,
+    jax_velocity,
+    make_targets,
+    order,
+    rms,
+    shortcut,
+    shortcut_over_1_128,
+    to_the_end,
+    variance_preserving,
+    zero,
+)
 
 # ---- the truth itself ----------------------------------------------------------------------------
 
@@ -117,11 +65,6 @@ def straight(noise_floor=0.0):
     """a, b of x_t = a x_0 + b x_1 and of the target, as functions of t."""
     keep = 1 - noise_floor
     return lambda t: (1 - keep * t, t, -keep, 1.0)
-
-
-def variance_preserving(t):
-    alpha_bar = ALPHA_BAR[np.rint(1000 * (1 - t)).astype(int) - 1]
-    return np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar), 1.0, 0.0
 
 
 def exact_mean(path, x, t):
@@ -212,117 +155,6 @@ def test_two_exact_steps_average_to_the_exact_step_of_twice_the_size(sections):
     # The paper's display prints time t in the second half: off by d/2 ds/dt, and ds/dt is 2 to 3.
     typo = (first + truth.exact_shortcut(x_middle, t, d)) / 2
     assert rms(typo - whole) > d[0]
-
-
-# ---- 3. samplers ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def integrator(objective, velocity):
-    """integrate as the sampler calls it: compiled once for all numbers of steps."""
-
-    def run(x, num_steps):
-        def noise(i):
-            return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), x.shape)
-
-        labels = jnp.zeros(len(x), jnp.int32)
-        return sampling.integrate(objective, velocity, x, labels, num_steps, noise)
-
-    return jax.jit(run)
-
-
-def integrate(objective, velocity, x, num_steps):
-    end = integrator(objective, velocity)(jnp.asarray(x, jnp.float32), num_steps)
-    return np.asarray(end, np.float64)
-
-
-DDIM = Diffusion(null_label=NULL, sampler="ddim")
-
-
-@pytest.mark.parametrize(
-    ("objective", "velocity", "solution"),
-    [
-        (FLOW, jax_velocity, truth.exact_end),
-        (DDIM, exact_noise, lambda x: truth.exact_end_of_diffusion(x, ALPHA_BAR[-1])),
-    ],
-    ids=["euler", "ddim"],
-)
-def test_deterministic_samplers_converge_to_the_solution_of_their_ode_with_order_1(
-    objective, velocity, solution
-):
-    x, step_counts = truth.noise(256), (16, 32, 64, 128)
-    exact = solution(x)
-    errors = [rms(integrate(objective, velocity, x, n) - exact) for n in step_counts]
-    slopes = order(step_counts, errors)
-    assert (slopes > 0.9).all() and (slopes < 1.1).all(), (errors, slopes)
-
-
-def test_ddpm_converges_to_the_data():
-    x, ddpm = truth.noise(4000), Diffusion(null_label=NULL)
-
-    def worst(num_steps):
-        return np.abs(truth.z_scores(integrate(ddpm, exact_noise, x, num_steps))).max()
-
-    # Order 1 in n, until the 4,000 samples hide the rest.
-    assert worst(4) > 3 * worst(16) > 9 * worst(64)
-    assert worst(512) < STANDARD_ERRORS
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_one_step_of_diffusion_is_the_mean_of_the_data_given_the_noise(sampler):
-    x = truth.noise(256)
-    end = integrate(Diffusion(null_label=NULL, sampler=sampler), exact_noise, x, 1)
-    a, b, _, _ = variance_preserving(np.zeros(256))
-    # The data are 0.6 % of x: dividing by that makes rounding errors of 1e-4.
-    np.testing.assert_allclose(end, truth.posterior_means(x, a, b)[1], atol=5e-4)
-
-
-def test_consistency_samplers_of_the_exact_consistency_function():
-    # One step is the exact map, whatever is done at its end.
-    x, renoise = truth.noise(4000), ConsistencyTraining(null_label=NULL)
-    euler = ConsistencyTraining(null_label=NULL, sampler="euler")
-    one_step, exact = integrate(renoise, to_the_end, x, 1), truth.exact_end(x[:256])
-    np.testing.assert_allclose(one_step[:256], exact, atol=EXACT)
-    np.testing.assert_allclose(integrate(euler, to_the_end, x[:256], 1), exact, atol=EXACT)
-    # New noise after each step leads to other samples, of the same distribution.
-    four_steps = integrate(renoise, to_the_end, x, 4)
-    assert np.abs(truth.z_scores(four_steps)).max() < STANDARD_ERRORS
-    assert rms(four_steps - one_step) > 0.5
-
-
-@pytest.mark.parametrize(
-    ("objective", "velocity", "step_counts"),
-    [
-        (SHORTCUT, shortcut_over_1_128, [2**level for level in range(8)]),
-        (MeanFlow(null_label=NULL), shortcut, [1, 3, 16]),
-    ],
-    ids=["shortcut", "mean_flow"],
-)
-def test_exact_shortcuts_lead_to_the_exact_end_in_any_number_of_steps(
-    objective, velocity, step_counts
-):
-    x = truth.noise(256)
-    exact = truth.exact_end(x)
-    for n in step_counts:
-        np.testing.assert_allclose(integrate(objective, velocity, x, n), exact, atol=EXACT)
-
-
-def euler(x, num_steps):
-    """Euler's method in float64."""
-    for i in range(num_steps):
-        x = x + truth.velocity(x, np.full(len(x), i / num_steps)) / num_steps
-    return x
-
-
-def test_the_smallest_shortcuts_are_eulers_steps():
-    def velocity_at_0(x, t, d, labels):
-        return jnp.where(rows(d) == 0, truth.velocity(x, t), jnp.nan)
-
-    x = truth.noise(256)
-    end = integrate(SHORTCUT, velocity_at_0, x, M)
-    np.testing.assert_allclose(end, euler(x, M), atol=EXACT)
-    # What the exact network loses by answering d = 0 with the velocity: Euler's error, 1.3 / M.
-    assert 1 / M < rms(end - truth.exact_end(x)) < 2 / M
 
 
 # ---- 4. targets that are asked of exact networks -------------------------------------------------
