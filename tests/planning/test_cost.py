@@ -67,7 +67,7 @@ def test_float32_is_divided_by_its_own_peak():
 
 
 def test_networks_beside_it_have_the_flops_that_are_known():
-    # 5.7 billion multiply-adds (table 1 of https://arxiv.org/abs/1905.11946), 2 FLOPs each.
+    # 5.7 billion multiply-adds (table 2 of https://arxiv.org/abs/1905.11946), 2 FLOPs each.
     assert cost._inception() == pytest.approx(2 * 5.7e9, rel=0.1)
     # Decoding passes about the layers of encoding, with one more at each size.
     assert 2 < cost._decoder() / cost._encoder() < 2.5
