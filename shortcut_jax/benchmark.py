@@ -40,6 +40,9 @@ AUTHORS = flags.DEFINE_string(
     "authors", "", "Checkout of the authors' code: compares digits with it."
 )
 
+# Flag -> the parts that it has an effect on.
+COMPARES = {"tf_python": ("data",), "torch_python": ("vae", "metrics"), "authors": ("digits",)}
+
 WIDTH = 56  # of the names in the table
 
 PACKAGES = (
@@ -57,6 +60,7 @@ PACKAGES = (
 def main() -> None:
     """Measures the parts asked for, prints each number, and writes all of them."""
     check_parts(PARTS.value)
+    check_comparisons(PARTS.value)
     if OUT.value:
         cli.check_writable("--out", Path(OUT.value).absolute().parent)
     options = benchmarks.Options(
@@ -94,6 +98,16 @@ def check_parts(parts: Sequence[str]) -> None:
             f"--parts={','.join(parts)} {f'holds {unknown[0]!r}' if unknown else 'is empty'}; "
             f"expected some of {', '.join(benchmarks.PARTS)}, joined by commas: choose among them."
         )
+
+
+def check_comparisons(parts: Sequence[str]) -> None:
+    """Raises UserError for something to compare with that none of the parts is compared with."""
+    for name, compared in COMPARES.items():
+        if flags.FLAGS[name].value and not set(compared) & set(parts):
+            raise UserError(
+                f"--{name} is given for the parts {' and '.join(compared)}, of which "
+                f"--parts={','.join(parts)} has none; expected one: add it, or leave out --{name}."
+            )
 
 
 def machine() -> dict[str, Any]:

@@ -9,6 +9,7 @@
 `run` is meant where no verb is given. docs/metrics.md explains them.
 """
 
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ class Verb(NamedTuple):
     """What a verb is.
 
     Attributes:
-      function: name of it in `shortcut_jax.evaluation.verbs`.
+      function: MODULE.NAME of it in `shortcut_jax.evaluation`.
       config: whether it needs --config ("yes"), may have one ("may") or has none ("no").
       takes: the flags of this module that it has.
     """
@@ -83,11 +84,13 @@ _GRID = (STEPS, PARAMS, CFG_SCALES)
 _WEIGHTS = (INCEPTION_WEIGHTS, INCEPTION_SHA256, DINOV2_WEIGHTS, DINOV2_SHA256)
 _NETWORKS = (METRICS, PROTOCOLS, ALLOW_SMALL_N, *_WEIGHTS)
 VERBS = {
-    "run": Verb("run_", "yes", (STEP, *_GRID, SAVE_SAMPLES, DRY_RUN)),
-    "follow": Verb("follow", "yes", (*_GRID, POLL, GIVE_UP, DRY_RUN)),
-    "sample": Verb("sample", "yes", (STEP, *_GRID, OUT, DRY_RUN)),
-    "ref": Verb("ref", "may", (IMAGES, IMAGE_SIZE, NUM_IMAGES, *_NETWORKS, OUT, DRY_RUN)),
-    "calc": Verb("calc", "no", (IMAGES, REFERENCE, *_NETWORKS, OUT, DRY_RUN)),
+    "run": Verb("verbs.run_", "yes", (STEP, *_GRID, SAVE_SAMPLES, DRY_RUN)),
+    "follow": Verb("verbs.follow", "yes", (*_GRID, POLL, GIVE_UP, DRY_RUN)),
+    "sample": Verb("verbs.sample", "yes", (STEP, *_GRID, OUT, DRY_RUN)),
+    "ref": Verb(
+        "verbs_of_sets.ref", "may", (IMAGES, IMAGE_SIZE, NUM_IMAGES, *_NETWORKS, OUT, DRY_RUN)
+    ),
+    "calc": Verb("verbs_of_sets.calc", "no", (IMAGES, REFERENCE, *_NETWORKS, OUT, DRY_RUN)),
 }
 _OWN = {holder.name for verb in VERBS.values() for holder in verb.takes}
 
@@ -110,8 +113,6 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 def main(name: str) -> None:
     """Does what a verb says."""
-    from shortcut_jax.evaluation import verbs
-
     config_flag.join()
     verb = VERBS[name]
     for flag in sorted(_OWN - {holder.name for holder in verb.takes}):
@@ -123,7 +124,7 @@ def main(name: str) -> None:
             )
     if verb.config == "no" and flags.FLAGS["config"].present:
         raise UserError(f"--config is given, but {name} needs none; leave it out.")
-    function: Callable[[], None] = getattr(verbs, verb.function)
+    function: Callable[[], None] = pkgutil.resolve_name(f"shortcut_jax.evaluation.{verb.function}")
     function()
 
 

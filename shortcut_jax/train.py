@@ -248,7 +248,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
         start_step=first,
         num_steps=max(config.total_steps - first, 0),
         rows=sharding.own_rows(config.batch_size, mesh),
-        flip=config.data.flip and train_data.holds != "samples",
+        flip=config.data.flip,
         num_workers=config.data.get("workers", 0) if train_data.holds == "images" else 0,
         prefetch=max(8, config.steps_per_dispatch),
     )

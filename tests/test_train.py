@@ -1,6 +1,7 @@
 """One training step against its definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import layers, spaces, state, train
-from shortcut_jax.objectives import Batch
+from shortcut_jax import layers, rng, spaces, state, train
+from shortcut_jax.objectives import Batch, Progress, Velocities
+from tests import toys
 
 DRAW = spaces.Pixels().draw
 
@@ -46,6 +48,68 @@ def test_step_is_adamw_on_the_mean_squared_error_then_ema():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), new.ema, expected
     )
     assert new.step == 1
+
+
+# ---- what the step asks whom ---------------------------------------------------------------------
+
+
+class Toy:
+    """A network v(x, d) = a x + b d + c label."""
+
+    rows = None
+
+    def apply(self, variables, x, t, d, labels):
+        p = variables["params"]
+        return p["a"] * x + (p["b"] * d + p["c"] * labels)[:, None, None, None]
+
+
+ONLINE, EMA = {"a": 0.5, "b": 0.3, "c": 0.1}, {"a": -0.7, "b": 0.2, "c": -0.2}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("shortcut", {}),
+        ("shortcut", {"bootstrap_params": "online"}),
+        ("live_reflow", {}),
+        ("consistency_training", {}),
+        ("mean_flow", {"weight_power": 0.7}),
+    ],
+)
+def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, changes):
+    """The loss and the gradient in float64, of targets made outside of the step."""
+    config = digits.get_config(f"small,objective={name}")
+    config.seed, config.total_steps = 5, 7
+    config.objective.update(changes)
+    objective = config_lib.build_objective(config, num_classes=10)
+    optimizer = state.build_optimizer(config)
+    params, ema = ({k: jnp.float32(v) for k, v in p.items()} for p in (ONLINE, EMA))
+    # A step whose stage is not the first, where there are stages.
+    old = state.TrainState(jnp.int32(4), params, ema, optimizer.init(params), {}, {})
+    images = np.random.default_rng(0).normal(size=(32, 4, 4, 1))
+    batch = Batch(jnp.asarray(images, jnp.float32), jnp.arange(32) % 10)
+    step = train.make_train_step(config, Toy(), objective, optimizer, 1, DRAW)
+    metrics = {k: a.compute() for k, a in jax.jit(step)(old, batch).metrics.items()}
+
+    def asks(p):
+        return functools.partial(Toy().apply, {"params": p})
+
+    draw, progress = rng.draws(5, "train", 4), Progress(jnp.int32(4), 7)
+    found, _ = objective.targets(draw, batch, Velocities(asks(params), asks(ema)), progress)
+    x, target, d, labels = (
+        np.asarray(a, np.float64) for a in (found.x_t, found.target, found.d, found.labels)
+    )
+    of_row = {"a": x, "b": toys.per_row(d) + 0 * x, "c": toys.per_row(labels) + 0 * x}
+    error = sum(ONLINE[k] * of_row[k] for k in of_row) - target
+    row_loss = np.mean(error**2, axis=(1, 2, 3))
+    weight = 16 * (16 * row_loss + 0.01) ** -0.7 if name == "mean_flow" else np.ones(32)
+    np.testing.assert_allclose(metrics["loss"], np.mean(weight * row_loss), rtol=1e-4)
+    for index, branch in enumerate(objective.branches):
+        rows = found.branch == index
+        if rows.any():
+            np.testing.assert_allclose(metrics[f"loss/{branch}"], row_loss[rows].mean(), rtol=1e-4)
+    gradient = [np.mean(weight * np.mean(2 * error * of_row[k], axis=(1, 2, 3))) for k in of_row]
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-4)
 
 
 # Keys that change how a step is computed and not what.

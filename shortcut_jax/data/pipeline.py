@@ -94,7 +94,8 @@ def batches(
     Args:
       batch_size: rows of the global batch.
       rows: which of them, ascending [b], e.g. `sharding.own_rows`; None for all.
-      flip: mirror each row left-right with probability 1/2.
+      flip: mirror each row left-right with probability 1/2; samples never are, as the noise that
+        they were made from leads to them as they are.
       num_threads: threads that make batches; 0 makes each when it is asked for.
       prefetch: batches made ahead; at least one per worker process.
       num_workers: processes that read and decode; 0 reads in the threads. Others than 0 need a data
@@ -107,6 +108,7 @@ def batches(
     `next` raises what reading raises, in a worker process too.
     """
     owned = np.arange(batch_size) if rows is None else rows
+    flip = flip and dataset.holds != "samples"
     epoch_order = _cached_order(seed, dataset.size)
     workers = None
     if num_workers:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from shortcut_jax.errors import UserError
+from shortcut_jax.objectives.base import Velocity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +67,13 @@ class Groups:
         """Trees of [G, p, ...] and [G, q-p, ...] to one of [B, ...], in the batch's order."""
         merged = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, others)
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), merged)
+
+
+def on_groups(velocity: Velocity) -> Velocity:
+    """A velocity of rows [B, ...] as one of rows [G, n, ...], all in one pass."""
+
+    def ask(x, t, d, labels):
+        v = velocity(*(a.reshape(-1, *a.shape[2:]) for a in (x, t, d, labels)))
+        return v.reshape(x.shape)
+
+    return ask

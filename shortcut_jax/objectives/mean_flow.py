@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from shortcut_jax.objectives import base, common
 from shortcut_jax.objectives.base import rows
-from shortcut_jax.objectives.groups import Groups
+from shortcut_jax.objectives.groups import Groups, on_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MeanFlow(base.Objective):
         # 2) the path, and its velocity, guided by the network's own unconditional one
         x0 = jax.random.normal(draw("noise"), image.shape)
         x_t, v = common.interpolate(x0, image, t, 0.0)
-        online = _on_groups(velocities.online)
+        online = on_groups(velocities.online)
         if self._guides:
             null = jnp.full_like(labels, self.null_label)
             v_uncond = online(x_t, t, jnp.zeros_like(d), null)
@@ -121,13 +121,3 @@ class MeanFlow(base.Objective):
 
     def query_size(self, d):
         return d
-
-
-def _on_groups(velocity):
-    """A velocity on rows [G, n, ...]."""
-
-    def call(x, t, d, labels):
-        v = velocity(*(a.reshape(-1, *a.shape[2:]) for a in (x, t, d, labels)))
-        return v.reshape(x.shape)
-
-    return call

@@ -22,7 +22,7 @@ import numpy as np
 
 from shortcut_jax.objectives import base, common
 from shortcut_jax.objectives.base import rows
-from shortcut_jax.objectives.groups import Groups
+from shortcut_jax.objectives.groups import Groups, on_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +192,10 @@ class Shortcut(base.Objective):
         pass and in the same shard: as many as it may need, its first rows of the smallest size.
         """
 
+        ask = on_groups(velocity)
+
         def query(x, t, d, labels):
-            v = velocity(*(a.reshape(-1, *a.shape[2:]) for a in (x, t, self.query_size(d), labels)))
-            return v.reshape(x.shape)
+            return ask(x, t, self.query_size(d), labels)
 
         def guided_query(x, t, d, labels):
             most = self._most_smallest(labels.size, num_shards)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 
 from shortcut_jax import benchmark, benchmarks
@@ -164,6 +165,15 @@ def test_an_unknown_part_is_a_sentence(run_python, tmp_path):
     assert done.stdout == "" and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="is empty"):
         benchmark.check_parts([])
+
+
+@pytest.mark.parametrize("name", benchmark.COMPARES)
+def test_something_to_compare_with_that_no_part_is_compared_with(name):
+    with flagsaver.flagsaver(**{name: "there"}):
+        benchmark.check_comparisons(["step", *benchmark.COMPARES[name]])
+        with pytest.raises(UserError) as error:
+            benchmark.check_comparisons(["step", "sample"])
+    assert_sentence(str(error.value), (f"--{name}", "--parts=step,sample", "add it, or leave out"))
 
 
 def test_median_and_ratio():

@@ -107,6 +107,12 @@ def test_flip_mirrors_half_of_the_rows(make_toy):
     assert by_step.mean(axis=0).min() > 0 and by_step.mean(axis=0).max() < 1
 
 
+def test_samples_of_pairs_are_never_mirrored(make_toy):
+    run = {"batch_size": 100, "seed": 2, "start_step": 3, "num_steps": 2}
+    samples = dataclasses.replace(make_toy(64), holds="samples")
+    assert_same(collect(samples, **run, flip=True), collect(samples, **run))
+
+
 def test_seeds_give_different_rows(make_toy):
     run = {"batch_size": 20, "start_step": 0, "num_steps": 2}
     a, b = (collect(make_toy(100), **run, seed=seed)["label"] for seed in (0, 1))
