@@ -10,7 +10,8 @@ import pytest
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import layers, rng, spaces, state, train
+from shortcut_jax import data, layers, program, rng, run, spaces, state, train
+from shortcut_jax.data import pipeline
 from shortcut_jax.objectives import Batch, Progress, Velocities
 from tests import toys
 
@@ -169,3 +170,36 @@ def test_the_compiler_knows_the_options(platform):
     lowered = jax.jit(lambda x: x + 1).lower(1.0)
     assert lowered.compile(compiler_options=state.compiler_options(platform))(1.0) == 2
     assert bool(state.compiler_options(platform)) == (platform != "tpu")
+
+
+# ---- what the trainer gives the step -------------------------------------------------------------
+
+
+def test_every_step_gets_the_rows_of_its_number(monkeypatch, tmp_path):
+    """Of the seed of the run, mirrored as it says, in the order of the steps, also after a stop."""
+    config = digits.get_config("small,objective=flow_matching")
+    config.update(seed=3, batch_size=8, total_steps=5, steps_per_dispatch=2)
+    config.data.flip = True
+    config.model.update(hidden_size=4, num_heads=1, patch_size=8)
+    config.eval.every, config.log.tensorboard = 0, False
+    config.optimizer.on_nonfinite = "skip"  # there are no metrics here
+    given = []
+
+    def compile_several(self, most):
+        def steps(state, batches, count):
+            given.append((batches, count))
+            return state
+
+        return steps
+
+    monkeypatch.setattr(program.Program, "compile_several", compile_several)
+    monkeypatch.setattr(run, "report_compiled", lambda *args: None)
+    train.train(config, tmp_path)
+    config.total_steps = 8
+    train.train(config, tmp_path)
+    found = [batch for batches, count in given for batch in batches[: int(count)]]
+    dataset = data.open_dataset(config.data)
+    rows = {"batch_size": 8, "seed": 3, "start_step": 0, "num_steps": 8, "flip": True}
+    for batch, expected in zip(found, pipeline.batches(dataset, **rows), strict=True):
+        np.testing.assert_array_equal(batch.image, expected["image"])
+        np.testing.assert_array_equal(batch.label, expected["label"])
