@@ -10,9 +10,10 @@ import pytest
 
 from configs import digits
 from shortcut_jax import config as config_lib
-from shortcut_jax import data, layers, program, rng, run, spaces, state, train
+from shortcut_jax import data, layers, objectives, program, rng, run, spaces, state, train
 from shortcut_jax.data import pipeline
 from shortcut_jax.objectives import Batch, Progress, Velocities
+from shortcut_jax.objectives.flow_matching import FlowMatching
 from tests import toys
 
 DRAW = spaces.Pixels().draw
@@ -64,6 +65,14 @@ class Toy:
         return p["a"] * x + (p["b"] * d + p["c"] * labels)[:, None, None, None]
 
 
+class Weighted(FlowMatching):
+    """Flow matching whose rows weigh 1, 2 ..."""
+
+    def targets(self, *args):
+        found, scalars = super().targets(*args)
+        return found.replace(weight=1.0 + jnp.arange(found.weight.size)), scalars
+
+
 ONLINE, EMA = {"a": 0.5, "b": 0.3, "c": 0.1}, {"a": -0.7, "b": 0.2, "c": -0.2}
 
 
@@ -75,10 +84,12 @@ ONLINE, EMA = {"a": 0.5, "b": 0.3, "c": 0.1}, {"a": -0.7, "b": 0.2, "c": -0.2}
         ("live_reflow", {}),
         ("consistency_training", {}),
         ("mean_flow", {"weight_power": 0.7}),
+        ("flow_matching", {}),
     ],
 )
-def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, changes):
+def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, changes, monkeypatch):
     """The loss and the gradient in float64, of targets made outside of the step."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "flow_matching", Weighted)
     config = digits.get_config(f"small,objective={name}")
     config.seed, config.total_steps = 5, 7
     config.objective.update(changes)
@@ -90,7 +101,8 @@ def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, change
     images = np.random.default_rng(0).normal(size=(32, 4, 4, 1))
     batch = Batch(jnp.asarray(images, jnp.float32), jnp.arange(32) % 10)
     step = train.make_train_step(config, Toy(), objective, optimizer, 1, DRAW)
-    metrics = {k: a.compute() for k, a in jax.jit(step)(old, batch).metrics.items()}
+    new = jax.jit(step)(old, batch)
+    metrics = {k: a.compute() for k, a in new.metrics.items()}
 
     def asks(p):
         return functools.partial(Toy().apply, {"params": p})
@@ -103,7 +115,7 @@ def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, change
     of_row = {"a": x, "b": toys.per_row(d) + 0 * x, "c": toys.per_row(labels) + 0 * x}
     error = sum(ONLINE[k] * of_row[k] for k in of_row) - target
     row_loss = np.mean(error**2, axis=(1, 2, 3))
-    weight = 16 * (16 * row_loss + 0.01) ** -0.7 if name == "mean_flow" else np.ones(32)
+    weight = 16 * (16 * row_loss + 0.01) ** -0.7 if name == "mean_flow" else found.weight
     np.testing.assert_allclose(metrics["loss"], np.mean(weight * row_loss), rtol=1e-4)
     for index, branch in enumerate(objective.branches):
         rows = found.branch == index
@@ -111,6 +123,10 @@ def test_the_step_learns_the_targets_of_its_networks_and_its_number(name, change
             np.testing.assert_allclose(metrics[f"loss/{branch}"], row_loss[rows].mean(), rtol=1e-4)
     gradient = [np.mean(weight * np.mean(2 * error * of_row[k], axis=(1, 2, 3))) for k in of_row]
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-4)
+    after = np.array([new.params[k] for k in ONLINE], np.float64)
+    moved = after - [*ONLINE.values()]
+    np.testing.assert_allclose(metrics["param_norm"], np.linalg.norm(after), rtol=1e-5)
+    np.testing.assert_allclose(metrics["update_norm"], np.linalg.norm(moved), rtol=1e-3)
 
 
 # Keys that change how a step is computed and not what.
