@@ -29,8 +29,8 @@ def default() -> ConfigDict:
     """Every key. The values are the paper's where it has one."""
     return ConfigDict(
         {
-            "seed": 0,
-            "total_steps": 400_000,
+            "seed": 0,  # of fresh parameters, of the order of the data and of all that is drawn
+            "total_steps": 400_000,  # updates
             "batch_size": 256,  # over all devices
             "accumulation_steps": 1,  # parts of the batch that go through the network in turn
             "steps_per_dispatch": 1,  # updates that the host leaves the devices alone with
@@ -75,21 +75,21 @@ def default() -> ConfigDict:
             },
             "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes the rest
             "checkpoint": {
-                "every": 10_000,
-                "keep": 3,
+                "every": 10_000,  # steps
+                "keep": 3,  # the newest
                 "copy": "device",  # device | host: steps wait for that; docs/host.md
             },
-            "log": {"every": 100, "tensorboard": True},
+            "log": {"every": 100, "tensorboard": True},  # averages of so many steps
             "eval": {
                 "every": 20_000,  # in-loop, 0 = never; the evaluation binary ignores it
                 "num_samples": 50_000,
-                "batch_size": 256,
-                "steps": (1, 2, 4, 8, 16, 32, 64, 128),
+                "batch_size": 256,  # over all devices; also of the pairs that are made for reflow
+                "steps": (1, 2, 4, 8, 16, 32, 64, 128),  # numbers of sampling steps
                 "steps_in_loop": (1, 4, 128),
                 "metrics": ("fd_digits",),
                 "params": "ema",  # ema | online | a name of docs/ema.md
-                "seed": 0,
-                "grid_rows": 10,
+                "seed": 0,  # of the samples: sample i is a function of it and i
+                "grid_rows": 10,  # samples in the picture
             },
         }
     )
