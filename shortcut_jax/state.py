@@ -144,12 +144,10 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine to zero at total_steps."""
+    """Linear warm-up from 0, then constant or a cosine to zero at total_steps."""
     lr, warmup = config.optimizer.lr, config.optimizer.warmup_steps
     if config.optimizer.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else lr, lr, warmup, decay_steps=config.total_steps
-        )
+        return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, config.total_steps)
     if warmup:
         return optax.linear_schedule(0.0, lr, warmup)
     return optax.constant_schedule(lr)
