@@ -46,8 +46,8 @@ the step unrolled, estimated from those with one block and with two (it counts t
 once), which is too much: of DiT-B on v5e:2x4 48.0, where the whole step unrolled has 39.8
 ([step.md](step.md)). Under fsdp it makes loops of its own, and nothing is said; for DiT-XL it was
 not counted. The last column is a batch that fits by the same compilation, all memory but the train
-state and its copy taken to grow with it. Attention is "pallas" where "auto" takes it ([attention.md](attention.md)): on
-all machines after v3.
+state and its copy taken to grow with it. Attention is "pallas" where "auto" takes it
+([attention.md](attention.md)): on all machines after v3.
 
 """
 COLUMNS = (
