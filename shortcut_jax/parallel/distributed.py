@@ -166,7 +166,7 @@ def _unusable() -> str:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, wordless, for want of a GPU
-        return " ".join(str(error).split())[:300] or "none was found"
+        return " ".join(str(error).split())[:300] or "there is none"
     return ""
 
 

@@ -129,7 +129,7 @@ def test_processes_without_accelerators_end(tmp_path, platforms, fragments):
 def test_a_platform_that_is_not_there_is_one_sentence(run_python, tmp_path):
     args = ["-m", "shortcut_jax.main", SMALL, f"--workdir={tmp_path / 'run'}"]
     done = run_python(args, env={"JAX_PLATFORMS": "cuda"})
-    fragments = ["JAX_PLATFORMS=cuda", "none was found", ".[cuda]", "set JAX_PLATFORMS=cpu"]
+    fragments = ["JAX_PLATFORMS=cuda", "there is none", ".[cuda]", "set JAX_PLATFORMS=cpu"]
     assert_sentence(error_of(done.returncode, done.stderr), fragments)
     assert not (tmp_path / "run").exists()
 
@@ -148,7 +148,7 @@ def test_only_what_devices_are_to_blame_for_is_said_of_them(monkeypatch, platfor
     with pytest.raises(expected) as found, distributed.devices_named():
         jax.devices()
     if platforms:
-        reason = str(error) or "none was found"
+        reason = str(error) or "there is none"
         assert_sentence(str(found.value), [f"JAX_PLATFORMS={platforms} ", f"({reason})"])
     with pytest.raises(OSError, match="disk"), distributed.devices_named():
         raise OSError("disk")
