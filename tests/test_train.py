@@ -210,7 +210,12 @@ def test_every_step_gets_the_rows_of_its_number(monkeypatch, tmp_path):
 
     monkeypatch.setattr(program.Program, "compile_several", compile_several)
     monkeypatch.setattr(run, "report_compiled", lambda *args: None)
-    train.train(config, tmp_path)
+    untouched = train.train(config, tmp_path)
+    # What it starts from: parameters of its seed, and an EMA that is equal to them.
+    network = run.prepare(config).network
+    fresh = jax.jit(lambda: state.init_params(network, (8, 8, 1), seed=3))()
+    for part in (untouched.params, untouched.ema):
+        jax.tree.map(np.testing.assert_array_equal, part, fresh)
     config.total_steps = 8
     train.train(config, tmp_path)
     found = [batch for batches, count in given for batch in batches[: int(count)]]
