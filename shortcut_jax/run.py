@@ -160,12 +160,19 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes config.json into a new workdir; refuses one that holds a run of another config.
 
     Raises:
-      UserError: another config, naming the keys that differ, or a folder that cannot be written.
+      UserError: another config, naming the keys that differ, a run that is past total_steps, or a
+        folder that cannot be written.
     """
     path = Path(workdir) / "config.json"
     flat = config_lib.flatten(config)
     if os.path.exists(path):  # unlike path.exists(), also where looking is not permitted
         _refuse_differences(read_config(workdir), flat, str(path))
+    newest = max(_checkpoints(workdir), default=0)
+    if newest > config.total_steps:
+        raise UserError(
+            f"{path.parent / 'checkpoints' / str(newest)} is past total_steps="
+            f"{config.total_steps}; ask for at least {newest} steps, or use another --workdir."
+        )
     if jax.process_index() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,8 +189,14 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
 
 
 def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
-    """Whether a run in the workdir would resume. (Unfinished checkpoints have longer names.)"""
-    return any(p.name.isdigit() and p.is_dir() for p in (Path(workdir) / "checkpoints").glob("*"))
+    """Whether a run in the workdir would resume."""
+    return bool(_checkpoints(workdir))
+
+
+def _checkpoints(workdir: str | os.PathLike[str]) -> list[int]:
+    """The steps that have a checkpoint. (Unfinished ones have longer names.)"""
+    folders = (Path(workdir) / "checkpoints").glob("*")
+    return [int(path.name) for path in folders if path.name.isdigit() and path.is_dir()]
 
 
 def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
@@ -323,12 +336,6 @@ def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, 
             "--workdir."
         )
     _refuse_differences(meta["config"], config_lib.flatten(config), str(path))
-    done = meta["data"]["next_step"]
-    if done > config.total_steps:
-        raise UserError(
-            f"{path} is past total_steps={config.total_steps}; ask for at least {done} steps, or "
-            "use another --workdir."
-        )
     found = meta["data"]["dataset"]
     if found != dataset.fingerprint:
         raise UserError(

@@ -201,8 +201,10 @@ def test_damaged_and_foreign_checkpoints(trained, data_dir, tmp_path, damage, fr
 
 def test_fewer_steps_than_done(trained, data_dir, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
+    before = contents(workdir)
     with pytest.raises(UserError) as error:
         train.train(tiny(data_dir, total_steps=1), workdir)
+    assert contents(workdir) == before
     assert_sentence(str(error.value), ("checkpoints/2", "total_steps=1", "at least 2"))
 
 
