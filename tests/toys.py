@@ -17,6 +17,23 @@ def make_batch(n: int, shape: tuple[int, int, int], scale: float = 1.0) -> Batch
     return Batch(jnp.asarray(images, jnp.float32), jnp.arange(n, dtype=jnp.int32))
 
 
+def linear_velocity(a: float, b: float, c: float, e: float):
+    """The network a x + b t + c d + e label."""
+    return lambda x, t, d, labels: a * x + per_row(b * t + c * d + e * labels)
+
+
+class Spy:
+    """A network that notes what it was asked."""
+
+    def __init__(self, velocity):
+        self.velocity = velocity
+        self.calls = []
+
+    def __call__(self, x, t, d, labels):
+        self.calls.append([np.asarray(a) for a in (x, t, d, labels)])
+        return self.velocity(x, t, d, labels)
+
+
 def assert_fields(targets: Targets, n: int, shape: tuple[int, int, int]) -> None:
     """Shapes and types of all fields, and rows of equal weight."""
     assert targets.x_t.shape == targets.target.shape == (n, *shape)

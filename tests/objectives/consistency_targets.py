@@ -18,18 +18,14 @@ from tests import toys
 N = 256
 NULL = 10_000
 SHAPE = (1, 1, 2)
-EMA_COEFFICIENTS = (0.7, -1.3, 0.001)
-TEACHER_COEFFICIENTS = (-0.4, 0.9, -0.002)
+EMA_COEFFICIENTS = (0.7, -1.3, 0, 0.001)
+TEACHER_COEFFICIENTS = (-0.4, 0.9, 0, -0.002)
 
 both_methods = pytest.mark.parametrize("method", [ConsistencyTraining, ConsistencyDistillation])
 
 
-def linear_velocity(a, b, e):
-    return lambda x, t, d, labels: a * x + toys.per_row(b * t + e * labels)
-
-
-EMA = linear_velocity(*EMA_COEFFICIENTS)
-TEACHER = linear_velocity(*TEACHER_COEFFICIENTS)
+EMA = toys.linear_velocity(*EMA_COEFFICIENTS)
+TEACHER = toys.linear_velocity(*TEACHER_COEFFICIENTS)
 
 
 def unused(*args):
@@ -72,20 +68,8 @@ def drawn_noise(method, **settings):
     return targets.x_t / toys.per_row(1 - keep * targets.t.astype(np.float64))
 
 
-class Spy:
-    """A velocity that notes what it was asked."""
-
-    def __init__(self, velocity):
-        self.velocity = velocity
-        self.calls = []
-
-    def __call__(self, x, t, d, labels):
-        self.calls.append([np.asarray(a) for a in (x, t, d, labels)])
-        return self.velocity(x, t, d, labels)
-
-
 def spied(method, **settings):
     """Targets, the one call of the EMA and, with a teacher, the one of the teacher."""
-    ema, teacher = Spy(EMA), Spy(TEACHER)
+    ema, teacher = toys.Spy(EMA), toys.Spy(TEACHER)
     targets, _ = make_targets(method, ema=ema, teacher=teacher, **settings)
     return targets, *ema.calls, *teacher.calls

@@ -31,12 +31,8 @@ def make_objective(**changes):
     return Shortcut(null_label=NULL, **{"class_dropout": 0.0, **changes})
 
 
-def linear_velocity(a, b, c, e):
-    return lambda x, t, d, labels: a * x + (b * t + c * d + e * labels)[:, None, None, None]
-
-
-ONLINE = linear_velocity(-0.5, 0.3, 1.1, -0.001)
-EMA = linear_velocity(0.7, -1.3, 0.9, 0.001)
+ONLINE = toys.linear_velocity(-0.5, 0.3, 1.1, -0.001)
+EMA = toys.linear_velocity(0.7, -1.3, 0.9, 0.001)
 
 
 def make_batch(n=N, scale=1.0):
@@ -77,21 +73,9 @@ def bootstrap_rows(objective, n=N):
     return np.arange(n) % share.denominator < share.numerator
 
 
-class Spy:
-    """A velocity that notes what it was asked."""
-
-    def __init__(self, velocity=EMA):
-        self.velocity = velocity
-        self.calls = []
-
-    def __call__(self, x, t, d, labels):
-        self.calls.append([np.asarray(a) for a in (x, t, d, labels)])
-        return self.velocity(x, t, d, labels)
-
-
 def spied_half_steps(**changes):
     """Targets, the mask of the rows that bootstrap, and the two calls they made."""
-    objective, spy = make_objective(**changes), Spy()
+    objective, spy = make_objective(**changes), toys.Spy(EMA)
     targets = make_targets(objective, ema=spy)
     first, second = spy.calls
     return targets, bootstrap_rows(objective), first, second

@@ -23,7 +23,6 @@ from tests.objectives.consistency_targets import (
     N,
     both_methods,
     drawn_noise,
-    linear_velocity,
     make_batch,
     make_targets,
     spied,
@@ -38,7 +37,7 @@ def reference(method, t, x0, x1, *, stage, m, cfg_scale=1.0, noise_floor=0.0, bo
     limit = bootstrap_clip or np.inf
 
     def ask(coefficients, x, t):
-        a, b, e = coefficients
+        a, b, _, e = coefficients
         return a * x + toys.per_row(b * t + e * labels)
 
     def path(t):
@@ -80,7 +79,7 @@ def test_targets_match_numpy(method, stage, changes):
 
 def test_training_by_hand():
     # M = 4, v_ema = 2x + t.
-    settings = {"denoise_timesteps": 4, "ema": linear_velocity(2, 1, 0)}
+    settings = {"denoise_timesteps": 4, "ema": toys.linear_velocity(2, 1, 0, 0)}
     x0, x1 = drawn_noise(ConsistencyTraining), np.asarray(make_batch().image)
     # One bin: from the noise to the image.
     targets, _ = make_targets(ConsistencyTraining, stage=0, **settings)
@@ -97,8 +96,10 @@ def test_training_by_hand():
 
 def test_distillation_by_hand():
     # M = 2, v_teacher = 2x + 4t, v_ema = 6x + t.
-    networks = {"teacher": linear_velocity(2, 4, 0), "ema": linear_velocity(6, 1, 0)}
-    targets, _ = make_targets(ConsistencyDistillation, denoise_timesteps=2, **networks)
+    teacher, ema = toys.linear_velocity(2, 4, 0, 0), toys.linear_velocity(6, 1, 0, 0)
+    targets, _ = make_targets(
+        ConsistencyDistillation, denoise_timesteps=2, teacher=teacher, ema=ema
+    )
     assert set(targets.t) == {0, 0.5}
     # From t = 0: x' = x + x = 2x, where v = 12x + 1/2 leads to f = 8x + 1/4: v = 7x + 1/4.
     # From t = 1/2: x' = x + (2x + 2) / 2 = 2x + 1 at the end, f = x': v = (x + 1) / (1/2).

@@ -15,9 +15,7 @@ from tests.objectives.consistency_targets import (
     NULL,
     SHAPE,
     N,
-    Spy,
     both_methods,
-    linear_velocity,
     unused,
 )
 
@@ -47,7 +45,8 @@ def test_step_counts_are_powers_of_two(method):
     ],
 )
 def test_a_step_by_hand(method, sampler, expected):
-    objective, spy = method(null_label=NULL, sampler=sampler), Spy(linear_velocity(2, 1, 1))
+    objective = method(null_label=NULL, sampler=sampler)
+    spy = toys.Spy(toys.linear_velocity(2, 1, 0, 1))
     velocity = sampling_velocity(objective, spy, objective.guided(2))
     labels = jnp.full(N, 5)
     x = objective.step(velocity, CONSTANT(3.0), ONES / 4, ONES / 2, labels, lambda: CONSTANT(8.0))
@@ -61,7 +60,7 @@ def test_times_and_sizes_are_each_rows_own():
     # v = 2x. f = x + (1-t) 2x = 9, 4.5 of x = 3 at t = 0, 3/4, from there 1/2 and 1/4 on.
     objective = ConsistencyTraining(null_label=NULL)
     t, d = jnp.tile(jnp.asarray([0, 0.75]), N // 2), jnp.tile(jnp.asarray([0.5, 0.25]), N // 2)
-    velocity, labels = linear_velocity(2, 0, 0), jnp.zeros(N, jnp.int32)
+    velocity, labels = toys.linear_velocity(2, 0, 0, 0), jnp.zeros(N, jnp.int32)
     x = objective.step(velocity, CONSTANT(3.0), t, d, labels, lambda: CONSTANT(8.0))
     np.testing.assert_allclose(x[0], 9 / 2 + 8 / 2)
     np.testing.assert_allclose(x[1], 4.5)

@@ -33,11 +33,7 @@ def make_objective(**changes):
     return LiveReflow(null_label=NULL, **{"class_dropout": 0.0, "reflow_steps": 4, **changes})
 
 
-def linear_velocity(a, b, c, e):
-    return lambda x, t, d, labels: a * x + toys.per_row(b * t + c * d + e * labels)
-
-
-VELOCITY = linear_velocity(*COEFFICIENTS)
+VELOCITY = toys.linear_velocity(*COEFFICIENTS)
 
 
 def make_batch(n=N, scale=1.0):
@@ -127,7 +123,7 @@ def test_denoising_by_hand():
     expected = -0.75 * targets.x_t / (1 - 0.75 * toys.per_row(targets.t))
     np.testing.assert_allclose(targets.target[rows], expected[rows], rtol=1e-5)
     # v = t at the start of each of four steps: (0 + 1/4 + 1/2 + 3/4) / 4 = 3/8.
-    time = linear_velocity(0, 1, 0, 0)
+    time = toys.linear_velocity(0, 1, 0, 0)
     targets, _ = make_targets(make_objective(reflow_steps=4), time)
     np.testing.assert_allclose(targets.target[rows], 0.375, rtol=1e-5)
 
@@ -178,7 +174,7 @@ def test_no_gradient_flows_through_the_denoising():
     objective, batch = make_objective(cfg_scale=2.0), make_batch()
 
     def loss(params):
-        velocity = linear_velocity(*params)
+        velocity = toys.linear_velocity(*params)
         draw = rng.draws(0, "train", 0)
         velocities = Velocities(velocity, velocity)
         targets, _ = objective.targets(draw, batch, velocities, PROGRESS)

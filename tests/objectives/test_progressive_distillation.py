@@ -23,18 +23,14 @@ from tests import toys
 N = 256
 NULL = 10_000
 SHAPE = (1, 1, 2)
-COEFFICIENTS = (0.7, -1.3, 0.001)
+COEFFICIENTS = (0.7, -1.3, 0, 0.001)
 
 
 def make_objective(**changes):
     return ProgressiveDistillation(null_label=NULL, **changes)
 
 
-def linear_velocity(a, b, e):
-    return lambda x, t, d, labels: a * x + toys.per_row(b * t + e * labels)
-
-
-TEACHER = linear_velocity(*COEFFICIENTS)
+TEACHER = toys.linear_velocity(*COEFFICIENTS)
 
 
 def unused(*args):
@@ -64,21 +60,9 @@ def drawn_noise(noise_floor=0.0, stage=0, m=128):
     return targets.x_t / toys.per_row(1 - keep * t)
 
 
-class Spy:
-    """A velocity that notes what it was asked."""
-
-    def __init__(self, velocity=TEACHER):
-        self.velocity = velocity
-        self.calls = []
-
-    def __call__(self, x, t, d, labels):
-        self.calls.append([np.asarray(a) for a in (x, t, d, labels)])
-        return self.velocity(x, t, d, labels)
-
-
 def spied(objective, stage, n=4):
     """Targets and the teacher's calls, operation by operation so that a branch is but one."""
-    spy = Spy()
+    spy = toys.Spy(TEACHER)
     with jax.disable_jit():
         return make_targets(objective, stage=stage, teacher=spy, batch=make_batch(n)), spy.calls
 
@@ -88,7 +72,7 @@ def spied(objective, stage, n=4):
 
 def reference(objective, stage, t, x0, x1, labels):
     """x_t and the target from their definitions, in float64."""
-    a, b, e = COEFFICIENTS
+    a, b, _, e = COEFFICIENTS
     m, w = objective.denoise_timesteps, objective.cfg_scale
     limit, keep = objective.bootstrap_clip or np.inf, 1 - objective.noise_floor
     if w == 0:
@@ -136,7 +120,7 @@ def test_targets_match_numpy(changes, stage):
 
 def test_targets_by_hand():
     # M = 4, v = 2x + t.
-    objective, teacher = make_objective(denoise_timesteps=4), linear_velocity(2, 1, 0)
+    objective, teacher = make_objective(denoise_timesteps=4), toys.linear_velocity(2, 1, 0, 0)
     # Stage 0 learns 1/2 from two steps of 1/4: v1 = 2x + t, x' = 1.5x + t/4,
     # v2 = 2x' + t + 1/4 = 3x + 1.5t + 0.25, mean 2.5x + 1.25t + 0.125.
     targets = make_targets(objective, stage=0, teacher=teacher)
@@ -332,7 +316,7 @@ def test_sampling_is_euler_without_guidance():
     # v = 2x + t: from x = 3 at t = 1/4 by 1/2: 3 + (6 + 1/4) / 2.
     objective = make_objective(cfg_scale=1.5)
     assert not any(objective.guided(steps) for steps in (1, 2, 64, 128))
-    spy = Spy(linear_velocity(2, 1, 0))
+    spy = toys.Spy(toys.linear_velocity(2, 1, 0, 0))
     velocity = sampling_velocity(objective, spy, objective.guided(2))
     ones = jnp.ones(1)
     x = objective.step(

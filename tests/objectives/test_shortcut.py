@@ -19,9 +19,7 @@ from tests.objectives.shortcut_targets import (
     PROGRESS,
     SAMPLINGS,
     N,
-    Spy,
     bootstrap_rows,
-    linear_velocity,
     make_batch,
     make_objective,
     make_targets,
@@ -50,7 +48,7 @@ from tests.objectives.shortcut_targets import (
 )
 def test_bootstrap_targets_match_numpy(changes):
     objective = make_objective(**changes)
-    targets = make_targets(objective, ema=linear_velocity(2, -3, 5, 0.001))
+    targets = make_targets(objective, ema=toys.linear_velocity(2, -3, 5, 0.001))
     expected = reference_target(objective, targets, (2, -3, 5, 0.001))
     boot = bootstrap_rows(objective)
     np.testing.assert_allclose(targets.target[boot], expected[boot], rtol=1e-5, atol=2e-5)
@@ -59,7 +57,7 @@ def test_bootstrap_targets_match_numpy(changes):
 def test_bootstrap_targets_by_hand():
     # M = 4, s = 2x + t + 4d.
     objective = make_objective(denoise_timesteps=4)
-    targets = make_targets(objective, ema=linear_velocity(2, 1, 4, 0))
+    targets = make_targets(objective, ema=toys.linear_velocity(2, 1, 4, 0))
     boot = bootstrap_rows(objective)
     whole, half = boot & (targets.d == 1), boot & (targets.d == 0.5)
     assert whole.sum() > 9 and half.sum() > 9 and (whole | half).sum() == boot.sum()
@@ -124,7 +122,7 @@ def test_ema_parameters_answer_by_default():
 
 
 def test_mid_point_and_target_are_clipped_and_nothing_else():
-    objective, spy = make_objective(bootstrap_clip=0.5), Spy()
+    objective, spy = make_objective(bootstrap_clip=0.5), toys.Spy(EMA)
     targets = make_targets(objective, ema=spy)
     boot = bootstrap_rows(objective)
     assert np.abs(spy.calls[0][0]).max() > 1  # x_t
@@ -137,7 +135,7 @@ def test_no_gradient_flows_through_the_targets():
     objective, batch = make_objective(cfg_scale=2.0), make_batch()
 
     def loss(params):
-        velocity = linear_velocity(*params)
+        velocity = toys.linear_velocity(*params)
         draw = rng.draws(0, "train", 0)
         targets, _ = objective.targets(draw, batch, Velocities(velocity, velocity), PROGRESS)
         return jnp.sum(targets.target**2) + jnp.sum(targets.x_t**2)
@@ -147,7 +145,7 @@ def test_no_gradient_flows_through_the_targets():
 
 
 def test_scalars_are_root_mean_squares():
-    objective, spy = make_objective(), Spy()
+    objective, spy = make_objective(), toys.Spy(EMA)
     velocities, draw = Velocities(ONLINE, spy), rng.draws(0, "train", 0)
     targets, scalars = objective.targets(draw, make_batch(), velocities, PROGRESS)
     s1, s2 = (EMA(*call) for call in spy.calls)
@@ -176,7 +174,7 @@ def test_guidance_applies_to_the_smallest_size_only(sampling):
 
 
 def test_unconditional_twins_differ_from_their_rows_in_the_label_alone():
-    objective, spy = make_objective(**AUTHORS, cfg_scale=3.0), Spy()
+    objective, spy = make_objective(**AUTHORS, cfg_scale=3.0), toys.Spy(EMA)
     make_targets(objective, ema=spy)
     for call in spy.calls:
         # One row of x, t, d, label each.
@@ -206,7 +204,7 @@ def test_shards_decide_where_rows_are_computed_never_what_they_are(changes):
     whole = make_targets(objective)
     for num_shards in (2, 4, 8):
         objective.validate(N, num_shards)
-        spy = Spy()
+        spy = toys.Spy(EMA)
         targets = make_targets(objective, ema=spy, num_shards=num_shards)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), targets, whole)
         # Cut in equal parts, what the network is asked for is about each shard's own rows.

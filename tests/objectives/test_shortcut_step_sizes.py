@@ -15,6 +15,7 @@ from shortcut_jax import rng
 from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import Velocities
 from shortcut_jax.objectives.shortcut import stratified_levels
+from tests import toys
 from tests.objectives.shortcut_targets import (
     AUTHORS,
     EMA,
@@ -22,7 +23,6 @@ from tests.objectives.shortcut_targets import (
     SAMPLINGS,
     SHAPE,
     N,
-    Spy,
     bootstrap_rows,
     chi_square,
     make_batch,
@@ -73,7 +73,7 @@ def test_systematic_sizes_come_in_turn_from_one_drawn_at_random():
 @pytest.mark.parametrize("sampling, twins", [("random", 64), ("systematic", 10), ("stratified", 9)])
 def test_target_evaluations_are_the_rows_the_network_is_asked_for(sampling, twins):
     objective = make_objective(cfg_scale=3.0, step_size_sampling=sampling)
-    spy = Spy()
+    spy = toys.Spy(EMA)
     make_targets(objective, ema=spy)
     assert objective.target_evaluations(N) == sum(len(x) for x, *_ in spy.calls) == 2 * (64 + twins)
 

@@ -125,7 +125,7 @@ def test_processes_without_accelerators_end(tmp_path, platforms, fragments):
         assert_sentence(error_of(*end), fragments)
 
 
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="run where there is no GPU")
 def test_a_platform_that_is_not_there_is_one_sentence(run_python, tmp_path):
     args = ["-m", "shortcut_jax.main", SMALL, f"--workdir={tmp_path / 'run'}"]
     done = run_python(args, env={"JAX_PLATFORMS": "cuda"})
