@@ -21,6 +21,7 @@ from absl import flags
 
 from shortcut_jax import benchmarks, cli
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import check_writable, write_atomically
 
 PARTS = flags.DEFINE_list(
     "parts", list(benchmarks.PARTS), f"What to measure: {', '.join(benchmarks.PARTS)}."
@@ -62,7 +63,7 @@ def main() -> None:
     check_parts(PARTS.value)
     check_comparisons(PARTS.value)
     if OUT.value:
-        cli.check_writable("--out", Path(OUT.value).absolute().parent)
+        check_writable("--out", Path(OUT.value).absolute().parent)
     options = benchmarks.Options(
         REPEATS.value, SMALL.value, TF_PYTHON.value, TORCH_PYTHON.value, AUTHORS.value
     )
@@ -84,8 +85,6 @@ def write(
     path: Path, about: dict[str, Any], options: benchmarks.Options, found: list[dict[str, Any]]
 ) -> None:
     """Writes all that was measured so far."""
-    from shortcut_jax.files import write_atomically
-
     content = {"machine": about, "options": dataclasses.asdict(options), "measurements": found}
     write_atomically(path, json.dumps(content, indent=1).encode())
 

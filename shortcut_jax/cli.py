@@ -3,10 +3,8 @@
 import logging as stdlib_logging
 import re
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -129,19 +127,3 @@ def explain(refused: str) -> str:
         f"{' '.join(refused.split()).rstrip(' ?.')}; flags are written --name=value, and --help "
         "lists them."
     )
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Makes the folder and tries to write in it, because sampling first may take hours.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
-            "created and written to: choose another one or mend its permissions."
-        ) from error

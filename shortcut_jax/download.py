@@ -13,6 +13,7 @@ from absl import flags
 
 from shortcut_jax import cli
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import check_writable
 from shortcut_jax.weights.published import PUBLISHED, fetch
 
 NAME = flags.DEFINE_enum(
@@ -40,7 +41,7 @@ def main() -> None:
     if SHA256.value is not None:  # another file, of unknown size
         published = dataclasses.replace(published, sha256=_checked_sha256(SHA256.value), size=0)
     out = Path(OUT.value).expanduser()
-    cli.check_writable("--out", out.parent)
+    check_writable("--out", out.parent)
     fetch(published, out)
     print(f"{out} has sha256 {published.sha256}.")
 

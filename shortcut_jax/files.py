@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,22 @@ def remove_leftovers(folder: Path) -> None:
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Makes the folder and tries to write in it, because sampling first may take hours.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
+            "created and written to: choose another one or mend its permissions."
+        ) from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

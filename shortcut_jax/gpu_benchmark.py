@@ -20,6 +20,7 @@ from absl import flags
 from shortcut_jax import cli
 from shortcut_jax.benchmarks import gpu_parts, gpu_report
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import check_writable
 
 OUT = flags.DEFINE_string("out", "", "Folder for PART.json, report.txt and compiled programs.")
 PARTS = flags.DEFINE_list(
@@ -73,7 +74,7 @@ def _check() -> None:
         )
     if not OUT.value:
         raise UserError("--out is empty; expected a folder for what is found: set --out=runs/gpu.")
-    cli.check_writable("--out", Path(OUT.value).absolute())
+    check_writable("--out", Path(OUT.value).absolute())
 
 
 def _run_alone(part: str, path: Path, deadline: float) -> None:

@@ -29,7 +29,7 @@ from shortcut_jax import (
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import read_json, remove_leftovers, write_atomically
+from shortcut_jax.files import check_writable, read_json, remove_leftovers, write_atomically
 from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
@@ -159,44 +159,36 @@ def config_hash(config: ConfigDict) -> str:
 def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
     """Writes config.json into a new workdir; refuses one that holds a run of another config.
 
+    Of a run with checkpoints it is left as it is: what may change on resume is recorded by
+    `record_config`, once the checkpoint is known to be one that the run can go on from.
+
     Raises:
-      UserError: another config, naming the keys that differ, a run that is past total_steps, or a
-        folder that cannot be written.
+      UserError: another config, naming the keys that differ, or a folder that cannot be written.
     """
     path = Path(workdir) / "config.json"
-    flat = config_lib.flatten(config)
     if os.path.exists(path):  # unlike path.exists(), also where looking is not permitted
-        _refuse_differences(read_config(workdir), flat, str(path))
-    newest = max(_checkpoints(workdir), default=0)
-    if newest > config.total_steps:
-        raise UserError(
-            f"{path.parent / 'checkpoints' / str(newest)} is past total_steps="
-            f"{config.total_steps}; ask for at least {newest} steps, or use another --workdir."
-        )
+        _refuse_differences(read_config(workdir), config_lib.flatten(config), str(path))
     if jax.process_index() == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (path.parent, path.parent / "eval"):
-                remove_leftovers(folder)
-            if (finished_step(workdir) or 0) < config.total_steps:  # it goes on
-                (path.parent / FINISHED).unlink(missing_ok=True)
-            write_atomically(path, json.dumps(flat, indent=1, sort_keys=True).encode())
-        except OSError as error:
-            raise UserError(
-                f"--workdir={workdir} cannot be written ({error}); expected a folder that can be "
-                "created and written to: choose another one or mend its permissions."
-            ) from error
+        check_writable("--workdir", path.parent)
+        for folder in (path.parent, path.parent / "eval"):
+            remove_leftovers(folder)
+        if not has_checkpoint(workdir):
+            record_config(config, workdir)
+
+
+def record_config(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
+    """Writes config.json, as process 0; a run that has more steps to do than it did is no longer
+    finished."""
+    if jax.process_index() == 0:
+        if (finished_step(workdir) or 0) < config.total_steps:
+            (Path(workdir) / FINISHED).unlink(missing_ok=True)
+        flat = json.dumps(config_lib.flatten(config), indent=1, sort_keys=True)
+        write_atomically(Path(workdir) / "config.json", flat.encode())
 
 
 def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:
-    """Whether a run in the workdir would resume."""
-    return bool(_checkpoints(workdir))
-
-
-def _checkpoints(workdir: str | os.PathLike[str]) -> list[int]:
-    """The steps that have a checkpoint. (Unfinished ones have longer names.)"""
-    folders = (Path(workdir) / "checkpoints").glob("*")
-    return [int(path.name) for path in folders if path.name.isdigit() and path.is_dir()]
+    """Whether a run in the workdir would resume. (Unfinished checkpoints have longer names.)"""
+    return any(p.name.isdigit() and p.is_dir() for p in (Path(workdir) / "checkpoints").glob("*"))
 
 
 def check_workdir_for_evaluation(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
@@ -336,6 +328,12 @@ def check_resume(config: ConfigDict, meta: Mapping[str, Any], dataset: Dataset, 
             "--workdir."
         )
     _refuse_differences(meta["config"], config_lib.flatten(config), str(path))
+    done = meta["data"]["next_step"]
+    if done > config.total_steps:
+        raise UserError(
+            f"{path} is past total_steps={config.total_steps}; ask for at least {done} steps, or "
+            "use another --workdir."
+        )
     found = meta["data"]["dataset"]
     if found != dataset.fingerprint:
         raise UserError(

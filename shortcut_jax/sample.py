@@ -10,6 +10,7 @@ from absl import flags
 
 from shortcut_jax import cli, workdir_flag
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import check_writable
 from shortcut_jax.parallel import distributed, distributed_flag, preemption
 
 STEPS = flags.DEFINE_list(
@@ -56,7 +57,7 @@ def main() -> None:
     model = sampling.load(workdir, STEP.value, PARAMS.value, AUTOENCODER.value)
     steps = list(dict.fromkeys(steps)) or list(model.setup.config.eval.steps)
     check(model, steps, labels)
-    cli.check_writable("--out", out.parent)
+    check_writable("--out", out.parent)
     print(f"Sampling with the {PARAMS.value} parameters of step {model.step}.")
     if INTERPOLATE.value is None:
         write_samples(model, steps, labels, out)

@@ -212,6 +212,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
             run.check_resume(config, meta, train_data, checkpoints.directory / str(start))
             shapes = checkpoint.with_shardings(state_shape, state_sharding)
             train_state = TrainState(**checkpoints.restore(start, state.fields(shapes)))
+            run.record_config(config, workdir)
             clock.load_state_dict(meta["clock"])
             unevaluated = meta.get("unevaluated", False)
         logging.info("Resumed from step %d of %s.", start, workdir)

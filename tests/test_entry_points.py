@@ -102,7 +102,7 @@ def test_a_finished_run_that_goes_on_is_not_finished(fresh, tmp_path):
     shutil.copytree(fresh[0], workdir)
     config = digits.get_config("small")
     config.total_steps = 12
-    run.claim_workdir(config, workdir)
+    run.record_config(config, workdir)
     assert run.finished_step(workdir) is None
 
 

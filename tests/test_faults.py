@@ -26,7 +26,7 @@ def test_a_workdir_that_cannot_be_written(config, monkeypatch):
     monkeypatch.setattr(train, "make_train_step", None)  # nothing is compiled for it
     with pytest.raises(UserError) as error:
         train.train(config, "/proc/shortcut_jax")  # where not even root can make a folder
-    assert_sentence(str(error.value), ["--workdir=/proc/shortcut_jax", "cannot be written"])
+    assert_sentence(str(error.value), ["--workdir", "/proc/shortcut_jax", "cannot be written"])
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from unittest import mock
 import jax
 from absl import flags
 
-from shortcut_jax import cli, config_flag, program, train, workdir_flag
+from shortcut_jax import config_flag, program, train, workdir_flag
 from shortcut_jax.errors import UserError
+from shortcut_jax.files import check_writable
 
 FROM = flags.DEFINE_integer("from_step", 100, "First step of the stretch.", 0)
 TO = flags.DEFINE_integer("to_step", 300, "Step that ends it.", 1)
@@ -57,7 +58,7 @@ def main() -> None:
             f"--from_step={FROM.value} to --to_step={TO.value} is no stretch of a run of "
             f"total_steps={config.total_steps}; expected 0 <= from < to <= total: change them."
         )
-    cli.check_writable("--workdir", folder)
+    check_writable("--workdir", folder)
     with mock.patch.object(program, "dispatches", _traced(program.dispatches, folder / "trace")):
         train.train(config, folder)
     print(text(read(folder / "trace"), TO.value - FROM.value))

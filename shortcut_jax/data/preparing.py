@@ -14,12 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
-from shortcut_jax import cli
 from shortcut_jax.data import image_files, shards
 from shortcut_jax.data.images import MANIFEST
 from shortcut_jax.data.workers import Workers
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import check_writable, write_atomically
 
 Manifest = dict[str, Any]
 
@@ -69,7 +68,7 @@ def prepare(request: Request) -> None:
     if request.workers is None:
         workers = default_workers(request.source.kind, len(entries) + sum(others.values()))
         request = dataclasses.replace(request, workers=workers)
-    cli.check_writable("--data_dir", request.directory)
+    check_writable("--data_dir", request.directory)
     with _only_process(request.directory):
         manifest = _read_manifest(request)
         class_names, labels = _find_labels(request, [entry.path for entry in entries], manifest)

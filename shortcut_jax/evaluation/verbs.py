@@ -8,13 +8,13 @@ from typing import Any
 
 from absl import flags, logging
 
-from shortcut_jax import checkpoint, cli, config_flag, metrics, run, workdir_flag
+from shortcut_jax import checkpoint, config_flag, metrics, run, workdir_flag
 from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation import of_runs, reports, sample_files
 from shortcut_jax.evaluation.grid import Cell, Grid, cells, check_grid
 from shortcut_jax.evaluation.measuring import Evaluation
 from shortcut_jax.evaluation.partial import digest_of
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import check_writable, write_atomically
 from shortcut_jax.parallel import distributed, preemption
 
 FLAGS = flags.FLAGS
@@ -161,9 +161,9 @@ def _check_writable(workdir: str, **others: Path) -> None:
     """Of process 0, which writes; also the folders that other flags name."""
     with distributed.together():
         if distributed.writes():
-            cli.check_writable("--workdir", Path(workdir) / "eval")
+            check_writable("--workdir", Path(workdir) / "eval")
             for flag, folder in others.items():
-                cli.check_writable(f"--{flag}", folder)
+                check_writable(f"--{flag}", folder)
 
 
 def _sample_path(flag: str, value: str) -> Path:

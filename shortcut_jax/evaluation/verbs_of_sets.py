@@ -7,11 +7,11 @@ from typing import Any
 
 from absl import flags
 
-from shortcut_jax import cli, config_flag, data, metrics, run, versions
+from shortcut_jax import config_flag, data, metrics, run, versions
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation import image_sets, reports
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import check_writable, write_atomically
 from shortcut_jax.metrics import gauges as gauges_lib
 from shortcut_jax.metrics import references
 from shortcut_jax.parallel import distributed, preemption
@@ -51,7 +51,7 @@ def ref() -> None:
         found = _of_dataset(images, section, workers, origin)
     if FLAGS.dry_run:
         return
-    cli.check_writable("--out", out.parent)
+    check_writable("--out", out.parent)
     made = found()
     if distributed.writes():
         references.save(out, made)
@@ -72,7 +72,7 @@ def calc() -> None:
     there = references.load(path) if stored else []
     other = None if stored else _of_images(path, section)
     if FLAGS.out:
-        cli.check_writable("--out", Path(FLAGS.out).parent)
+        check_writable("--out", Path(FLAGS.out).parent)
     gauges = gauges_lib.build(section)
     if stored:
         found = [references.choose(path, there, gauge) for gauge in gauges]

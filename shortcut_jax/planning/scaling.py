@@ -20,9 +20,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from shortcut_jax import cli, config_flag
+from shortcut_jax import config_flag
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import read_json, write_atomically
+from shortcut_jax.files import check_writable, read_json, write_atomically
 
 MACHINES = flags.DEFINE_list(
     "machines", ["cpu:1", "cpu:2", "cpu:4", "cpu:8"], "As --topology of main takes them."
@@ -210,7 +210,7 @@ def main() -> None:
     run.check(config)
     check(config)
     if KEPT.value:
-        cli.check_writable("--kept", Path(KEPT.value).absolute().parent)
+        check_writable("--kept", Path(KEPT.value).absolute().parent)
     # CPU devices are made once for a process, so the most come first.
     names = sorted(MACHINES.value, key=_cpus, reverse=True)
     machines = {name: topology.find_machine(name).devices for name in names}

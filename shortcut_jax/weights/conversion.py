@@ -10,10 +10,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from shortcut_jax import checkpoint, cli, config_flag, layers, run, state, trained
+from shortcut_jax import checkpoint, config_flag, layers, run, state, trained
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import write_atomically
+from shortcut_jax.files import check_writable, write_atomically
 from shortcut_jax.parallel import sharding
 from shortcut_jax.weights import authors, dit_torch, exported
 from shortcut_jax.weights.tables import Sizes, flatten
@@ -105,7 +105,7 @@ def export(workdir: Path, out: Path, step: int | None = None, params: str = "ema
                 "one or move that file away."
             )
     model = trained.load(workdir, step, params)
-    cli.check_writable("--out", out)
+    check_writable("--out", out)
     host = jax.tree.map(lambda a: np.asarray(sharding.to_host(a)), model.params)
     host = layers.unstack(host)
     contents = exported.files(host, exported.describe(model.setup, model.step, params))
@@ -206,7 +206,7 @@ def _check_free(out: Path) -> None:
             f"--out={out} holds a run with checkpoints already; expected a new folder: choose "
             "another one, nothing was changed."
         )
-    cli.check_writable("--out", out)
+    check_writable("--out", out)
 
 
 def _write_run(
