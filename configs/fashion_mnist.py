@@ -38,17 +38,17 @@ def base(c: ConfigDict) -> None:
 
 def cpu(c: ConfigDict) -> None:
     """A network and a budget as for digits, for a table of all methods without a GPU."""
-    c.total_steps = 1600
+    c.total_steps = 6400
     c.batch_size = 64
     c.ema_rate = 0.99
     c.model.update(hidden_size=64, depth=3, num_heads=4)
     if "class_dropout" in c.objective:
         c.objective.class_dropout = 0.0  # no guidance, so no need of a null label
     c.optimizer.update(lr=4e-3, schedule="cosine", warmup_steps=100, b2=0.99)
-    c.checkpoint.every = 800
+    c.checkpoint.every = 1600
     c.eval.update(num_samples=1000, batch_size=250)
     if c.objective.name == "reflow":
-        c.objective.num_pairs = 512  # a fifth of what the shortcut model takes, as for digits
+        c.objective.num_pairs = 2048  # a fifth of what the shortcut model takes, as for digits
 
 
 def small(c: ConfigDict) -> None:
