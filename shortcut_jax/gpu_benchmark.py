@@ -88,12 +88,9 @@ def _run_alone(part: str, path: Path, deadline: float) -> None:
     command += ["--noreport", f"--small={SMALL.value}"]
     command += [f"--{key}={value}" for key, value in given.items()]
     print(f"--- {part}", flush=True)
+    variables = gpu_parts.environment(part, path.parent, os.environ)
     try:
-        status = subprocess.run(
-            command,
-            env=gpu_parts.environment(part, path.parent, os.environ),
-            timeout=left + gpu_parts.GRACE,
-        ).returncode
+        status = gpu_parts.run_group(command, variables, left + gpu_parts.GRACE)
         error = f"its process ended with {status}" if status else ""
     except subprocess.TimeoutExpired:
         error = f"its process was still running {gpu_parts.GRACE} s after the time was up"

@@ -1,10 +1,14 @@
 """The parts of `shortcut_jax.gpu_benchmark`, and how one is run."""
 
+import contextlib
 import dataclasses
 import math
+import os
+import signal
+import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +144,24 @@ def environment(part: str, out: Path, given: Mapping[str, str]) -> dict[str, str
     if platforms:  # with the CPU, which the checks compare with
         found["JAX_PLATFORMS"] = platforms if "cpu" in platforms else f"{platforms},cpu"
     return found
+
+
+def run_group(command: Sequence[str], variables: Mapping[str, str], timeout: float) -> int:
+    """Runs a command, after which none of the processes that it began is left, as PyTorch's.
+
+    Returns:
+      its exit status; negative: the signal that ended it.
+
+    Raises:
+      subprocess.TimeoutExpired: it was killed after `timeout` seconds.
+    """
+    process = subprocess.Popen(command, env=variables, start_new_session=True)
+    try:
+        return process.wait(timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_part(part: str, settings: Settings, path: Path) -> None:

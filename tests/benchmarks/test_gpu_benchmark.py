@@ -5,7 +5,9 @@ import importlib.util
 import json
 import keyword
 import math
+import os
 import re
+import select
 import subprocess
 import sys
 
@@ -201,6 +203,22 @@ def test_a_process_that_dies_is_reported(run_python, tmp_path):
 
 
 # ---- the other side ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["it ends", "it is killed"])
+def test_no_process_of_a_part_is_left(tmp_path, ends):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = f"exec > {pipe}; sleep 600 & " + ("exit 3" if ends else "wait")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    if ends:
+        assert gpu_parts.run_group(["sh", "-c", child], os.environ, 60) == 3
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            gpu_parts.run_group(["sh", "-c", child], os.environ, 0.5)
+    os.set_blocking(reader, True)
+    assert select.select([reader], [], [], 20)[0] and os.read(reader, 1) == b""  # no writer is left
+    os.close(reader)
 
 
 def test_torch_compile_can_name_every_part_of_the_network():
