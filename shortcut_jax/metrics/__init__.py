@@ -125,8 +125,15 @@ METRICS = {
         needs_reference=False, higher_is_better=True, min_samples=5000,
     ),
     "kid": MetricSpec("inception", values.kid, "rows", min_samples=1000),
-    "precision": MetricSpec("inception", values.precision, "rows", higher_is_better=True),
-    "recall": MetricSpec("inception", values.recall, "rows", higher_is_better=True),
+    # A ball reaches to the k-th nearest other row.
+    "precision": MetricSpec(
+        "inception", values.precision, "rows",
+        higher_is_better=True, min_samples=values.NEIGHBOURS + 1,
+    ),
+    "recall": MetricSpec(
+        "inception", values.recall, "rows",
+        higher_is_better=True, min_samples=values.NEIGHBOURS + 1,
+    ),
     "fd_dinov2": MetricSpec("dinov2", other_name="fd", min_samples=1024),
 }  # fmt: skip
 

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shortcut_jax.errors import UserError
-from shortcut_jax.metrics import precision_recall
+from shortcut_jax.metrics import METRICS, check_count, precision_recall
 from shortcut_jax.metrics.precision_recall import precision, recall, squared_radii
+from shortcut_jax.metrics.protocols import INCEPTION
 from shortcut_jax.metrics.summaries import Rows
 from tests.sentences import assert_sentence
 
@@ -190,6 +191,18 @@ def test_too_few_rows_for_the_neighbours_are_refused(n, k):
     with pytest.raises(UserError) as error:
         squared_radii(rows(np.ones((n, 2))), k)
     assert_sentence(str(error.value), [f"of {n} images", f"{k} neighbours", "use more"])
+
+
+@pytest.mark.parametrize("name", ["precision", "recall"])
+def test_what_cannot_be_measured_is_refused_before_it_is_drawn(name):
+    enough, few = rows(np.arange(4)), rows(np.arange(3))
+    check_count(name, enough.n, "eval.num_samples=4", {})
+    METRICS[name].value(enough, enough, INCEPTION["adm"])
+    with pytest.raises(UserError):
+        METRICS[name].value(few, few, INCEPTION["adm"])
+    with pytest.raises(UserError) as error:
+        check_count(name, few.n, "eval.num_samples=3", {})
+    assert_sentence(str(error.value), ["eval.num_samples=3", name, "4 or more"])
 
 
 def test_no_samples_and_other_features_are_refused():
