@@ -140,8 +140,9 @@ def test_every_product_has_the_highest_precision(architecture):
 # ---- distances -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fd_digits", "fd_digits_mlp64"])
-def test_distances_are_zero_small_and_large_where_they_should_be(name, digit_images):
+# The numbers are in README.md.
+@pytest.mark.parametrize(("name", "apart"), [("fd_digits", 4.85), ("fd_digits_mlp64", 0.574)])
+def test_distances_are_zero_small_and_large_where_they_should_be(name, apart, digit_images):
     extractor = lib.load_extractor(name)
     rng = np.random.default_rng(0)
     images = digit_images[rng.permutation(len(digit_images))]
@@ -151,7 +152,8 @@ def test_distances_are_zero_small_and_large_where_they_should_be(name, digit_ima
     )
     assert abs(frechet_distance(everything, everything)) < 1e-6
     halves = frechet_distance(first, second)
-    assert 0 < halves < 0.01 * np.trace(everything.cov)
+    assert halves == pytest.approx(apart, rel=0.01)
+    assert halves < 0.01 * np.trace(everything.cov)
     assert frechet_distance(everything, noise) > 30 * halves
 
 
