@@ -2,9 +2,10 @@
 
   python -m shortcut_jax.eval run    --config=configs/digits.py --workdir=runs/digits
   python -m shortcut_jax.eval follow --config=configs/digits.py --workdir=runs/digits
-  python -m shortcut_jax.eval sample --config=configs/digits.py --workdir=runs/digits --out=s.npz
-  python -m shortcut_jax.eval ref    --config=configs/imagenet.py --out=imagenet256.npz
-  python -m shortcut_jax.eval calc   --images=s.npz --reference=imagenet256.npz --metrics=fid,kid
+  python -m shortcut_jax.eval sample --config=configs/digits.py --workdir=runs/digits --steps=4 \\
+      --out=s.npz
+  python -m shortcut_jax.eval ref    --config=configs/digits.py --out=ref.npz
+  python -m shortcut_jax.eval calc   --images=s.npz --reference=ref.npz --metrics=fd_digits
 
 `run` is meant where no verb is given. docs/metrics.md explains them.
 """
