@@ -1,6 +1,7 @@
 """Encodes a data set once, so that training reads latents instead of images.
 
-  python -m shortcut_jax.cache_latents --config=configs/imagenet.py --out=/data/latents
+  python -m shortcut_jax.cache_latents --config=configs/imagenet.py --out=/data/latents \\
+      --config.autoencoder.weights=vae.safetensors
   python -m shortcut_jax.main --config=configs/imagenet.py --config.data.latents=/data/latents ...
 
 Started again it continues at the shard it reached. Shards are shared by the processes of a pod, or

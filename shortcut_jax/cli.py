@@ -18,7 +18,9 @@ Parser = Callable[[Sequence[str]], list[str]]
 
 
 def main(function: Callable[..., None], parse: Parser | None = None) -> None:
-    """Parses the flags and calls `function`; a UserError or bad flag ends with status 2.
+    """Parses the flags and calls `function`.
+
+    A UserError or bad flag ends with status 2, `preemption.Preempted` with 75.
 
     Args:
       function: what the binary does; its arguments are the words that `parse` returns after the

@@ -5,7 +5,7 @@ python -m shortcut_jax.gpu_benchmark --out=runs/small --small --parts=check,xl2
 
 Every part runs in a process of its own, so that none is left out because another fails or fills
 the memory, and writes OUT/PART.json as it goes. The same command goes on where one was stopped:
-parts that have ended are not run again, and compiled programs are kept in OUT/cache. Ends with
+parts that have ended well are not run again, and compiled programs are kept in OUT/cache. Ends with
 status 1 if a check or a part has failed.
 """
 

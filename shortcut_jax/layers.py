@@ -37,7 +37,7 @@ def stack(tree: Any, join: Callable[[Sequence[Any]], Any] = jnp.stack) -> Any:
 
 
 def unstack(tree: Any, split: Callable[[Any], Sequence[Any]] = tuple) -> Any:
-    """The unrolled layout of a tree: the inverse of `stack`; `split` is that of `join`."""
+    """The unrolled layout of a tree: the inverse of `stack`, with `split` that of `join`."""
 
     def cut(node: Mapping[str, Any]) -> dict[str, Any]:
         leaves, structure = jax.tree.flatten(node[STACKED])

@@ -23,7 +23,7 @@ HEADLINE = ("loss", "loss/empirical", "bootstrap_target_rms", "grad_norm")
 
 
 class JsonLines:
-    """Appends one JSON object per line, each on disk before `append` returns.
+    """Appends one JSON object per line, none of which a kill after `append` has returned loses.
 
     Every line is strictly valid JSON, which has no NaN and no infinity: both become `null`.
     A last line that a kill cut in half is dropped when the file is opened, so that the next one is

@@ -6,12 +6,13 @@ from absl import logging
 
 
 class Progress:
-    """Says every half a minute how far a pass is and when it will end.
+    """Says now and then how far a pass is and when it will end.
 
     Args:
       what: is counted, "samples in 4 steps".
       total: how many there are.
       done: how many were done before.
+      every: seconds between two lines.
     """
 
     def __init__(self, what: str, total: int, done: int = 0, every: float = 30.0) -> None:

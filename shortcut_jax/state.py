@@ -25,7 +25,7 @@ class TrainState:
     params: Any
     ema: Any  # like params
     opt_state: Any
-    teacher: Any  # like params, or {} for objectives without one
+    teacher: Any  # like params, or {} where no target asks one
     metrics: dict[str, metrics.Average]  # averages since the last log
     # name -> tree like params, of the averages that `shortcut_jax.averages` tracks
     averages: dict[str, Any] = flax.struct.field(default_factory=dict)

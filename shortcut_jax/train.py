@@ -149,7 +149,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
 
     Args:
       config: locked config (`shortcut_jax.config`).
-      workdir: gets config.json, metrics.jsonl, checkpoints/, eval/ and tensorboard/.
+      workdir: gets config.json, metrics.jsonl, checkpoints/, eval/, tensorboard/, finished.json
+        and, where they are asked for, snapshots/ and pairs/.
 
     Returns:
       The final train state.

@@ -1,6 +1,6 @@
 """Validation: the config as a whole, before any device work.
 
-Every function here raises UserError, one sentence, for the first thing that is wrong.
+Every check here raises UserError, one sentence, for the first thing that is wrong.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def check_devices(config: ConfigDict, num_devices: int, num_slices: int = 1) -> 
     Args:
       config: the config.
       num_devices: devices over all processes.
-      num_slices: of TPUs, that they are of.
+      num_slices: slices of TPUs that these are of; 1 for all else.
 
     Returns:
       Sizes of the mesh axes (data, fsdp).

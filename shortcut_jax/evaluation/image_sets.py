@@ -23,7 +23,7 @@ def open_images(path: Path, channels: int = 3) -> Dataset:
 
     Args:
       path: a folder or zip of image files, in which those of folders are found too; or an .npz with
-        `arr_0`, uint8 [n, H, W, C] in 0..255 or float32 [n, H, W, C] in [-1, 1].
+        `arr_0`, [n, H, W, C], uint8 in 0..255 or float of 16, 32 or 64 bits in [-1, 1].
       channels: C; files are converted to RGB or to grey, arrays are not.
 
     Returns:
@@ -50,7 +50,7 @@ def _from_npz(path: Path, channels: int) -> Dataset:
 
 
 def check_images(images: NDArray[Any], where: str, channels: int = 3) -> NDArray[Any]:
-    """The images as they can be measured: uint8, or float32 in [-1, 1].
+    """The images [n, H, W, channels] as they can be measured: uint8, or float32 in [-1, 1].
 
     Raises:
       UserError: another shape, dtype or range; `where` says whose.
