@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 real 28x28 images padded to 32x32, an hour on one GPU.
+"""Fashion-MNIST: 60,000 real 28x28 images padded to 32x32, for one GPU.
 
 Not run to the end during development, for want of a GPU: there is no figure to expect yet. The
 variant `cpu` has a table of all methods (docs/results.md), after a training too short to tell them
