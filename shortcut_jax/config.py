@@ -21,6 +21,7 @@ AUTHORS_CODE = {
     "model.time_scale": 1.0,
     "model.step_embedding": "log2",
     "model.modulation_init": "xavier",
+    "data.crop": "authors",  # of photographs; other data sets have no such key
     "eval.params": "online",
 }
 
@@ -259,7 +260,8 @@ def small_latents(config: ConfigDict) -> None:
 def _set_authors_code(config: ConfigDict) -> None:
     for path, value in AUTHORS_CODE.items():
         section, key = path.split(".")
-        config[section][key] = value
+        if key in config[section]:
+            config[section][key] = value
     objective = objectives.OBJECTIVES[config.objective.name]
     config.objective.update(objective.authors_code)
     config.model.update(objective.model_settings)

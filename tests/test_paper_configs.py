@@ -156,5 +156,5 @@ def test_authors_code_changes_what_the_released_code_does_otherwise(name, row):
     plain = config_lib.flatten(FILES[name].get_config(f"objective={row}"))
     found = config_lib.flatten(FILES[name].get_config(f"objective={row},authors_code"))
     expected = {f"objective.{key}": value for key, value in RELEASED[row].items()}
-    expected |= {**RELEASED_MODEL, "eval.params": "online"}
+    expected |= {**RELEASED_MODEL, "data.crop": "authors", "eval.params": "online"}
     assert found == plain | expected
