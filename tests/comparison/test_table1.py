@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from configs import digits, fashion_mnist
+from configs import celebahq, digits, fashion_mnist, imagenet
 from shortcut_jax import config as config_lib
 from shortcut_jax import objectives, run
 from shortcut_jax.comparison import ablations, budget, experiment, table1_report
@@ -39,11 +39,29 @@ def test_budget_by_hand():
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_no_row_gets_less_than_the_shortcut_model_or_more_than_one_update_over(name):
-    total = 6400 * budget.per_update(digits.get_config())
-    row = digits.get_config(f"objective={name}")
-    spent = budget.split(total, row, digits.get_config("objective=flow_matching"), 0.5)
-    assert total <= spent.total < total + spent.per_update + 192
+@pytest.mark.parametrize("module", [digits, imagenet, celebahq])  # imagenet's rows are guided
+def test_no_row_gets_less_than_the_shortcut_model_or_more_than_one_update_over(module, name):
+    shortcut = module.get_config()
+    total = shortcut.total_steps * budget.per_update(shortcut)
+    teacher = module.get_config("objective=flow_matching")
+    spent = budget.split(total, module.get_config(f"objective={name}"), teacher, 0.5)
+    assert total <= spent.total < total + spent.per_update + budget.per_update(teacher)
+
+
+def test_budget_of_imagenet_by_hand():
+    def each(name):
+        return budget.per_update(imagenet.get_config(f"objective={name}"))
+
+    # 64 of 256 rows bootstrap, at most ceil(64 / 7) of them guided, each in two half-steps.
+    assert each("shortcut") == 3 * 256 + 2 * (64 + 10)
+    # Two steps of the teacher, guided in the first of seven stages.
+    assert each("progressive_distillation") == pytest.approx(3 * 256 + 2 * 256 * 8 / 7)
+    # 64 rows are denoised in 128 guided steps.
+    assert each("live_reflow") == 3 * 256 + 64 * 128 * 2
+    assert each("mean_flow") == 3 * 256 + 2 * 64 + 256  # and a velocity without labels for each row
+    assert each("consistency_distillation") == (3 + 2) * 256  # nothing is guided
+    assert each("consistency_training") == (3 + 1) * 256
+    assert each("flow_matching") == each("diffusion") == each("reflow") == 3 * 256
 
 
 def test_guided_pairs_cost_two_passes_each():
@@ -71,7 +89,8 @@ def test_shares_that_leave_nothing_are_refused(name, share):
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 @pytest.mark.parametrize(
-    ("module", "variant"), [(digits, ""), (fashion_mnist, ""), (fashion_mnist, "cpu")]
+    ("module", "variant"),
+    [(digits, ""), (fashion_mnist, ""), (fashion_mnist, "cpu"), (imagenet, ""), (celebahq, "")],
 )
 def test_every_config_can_pay_for_every_row(module, variant, name):
     def config(objective):
