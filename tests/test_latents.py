@@ -137,6 +137,12 @@ def test_cached_latents_equal_those_encoded_on_the_way(setup, images, cache, ste
     assert np.abs(cached - np.roll(way, 1, axis=0)).max() > 0.1  # other rows are far from equal
 
 
+def test_pairs_of_a_teacher_are_latents_already(setup):
+    encode, draw_x1 = spaces.way_from(setup.space, "samples")
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    np.testing.assert_array_equal(draw_x1(rng.draws(0, "train", 0), encode(x)), x)
+
+
 @pytest.mark.parametrize("rows", [2, 2 * spaces.AT_ONCE + 1])
 def test_samples_go_back_through_the_decoder(setup, rows):
     x = jax.random.normal(jax.random.key(0), (rows, 4, 4, 4))
