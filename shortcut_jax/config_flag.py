@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from shortcut_jax import cli, validation, versions
+from shortcut_jax import cli, objectives, validation, versions
 from shortcut_jax import config as config_lib
 from shortcut_jax.errors import UserError
 from shortcut_jax.parallel import distributed, distributed_flag
@@ -50,7 +50,8 @@ def join() -> None:
 def with_objective(name: str) -> ConfigDict:
     """The config that --config and its overrides describe, with another objective.
 
-    Overrides of keys that this objective does not have are left out.
+    Overrides of keys that this objective does not have are left out, and a scale of guidance of
+    one that guides nothing, as in `config.build`.
 
     Raises:
       UserError: the config file takes no argument objective=NAME.
@@ -60,7 +61,11 @@ def with_objective(name: str) -> ConfigDict:
     config = load(f"{path}:{','.join([*words, f'objective={name}'])}")
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     known = config_lib.flatten(config)
-    config.update_from_flattened_dict({k: v for k, v in overrides.items() if k in known})
+    kept = {k: v for k, v in overrides.items() if k in known}
+    scale = kept.get("objective.cfg_scale", 1)
+    if scale not in (0, 1) and not objectives.OBJECTIVES[name].uses_guidance:
+        del kept["objective.cfg_scale"]
+    config.update_from_flattened_dict(kept)
     return config
 
 

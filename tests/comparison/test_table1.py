@@ -384,9 +384,12 @@ ON_THE_TABLE = ("another config", "a teacher of another budget")
 
 @pytest.fixture(scope="module")
 def called(table, in_turn, tmp_path_factory):
-    """name in WRONG, or "dry run" -> what a call found; and the folder of those that write none."""
+    """name in WRONG, or a dry run -> what a call found; and the folder of those that write none."""
     folder = tmp_path_factory.mktemp("none")
-    calls = {name: flags for name, (flags, _) in WRONG.items()} | {"dry run": [LONGER, "--dry_run"]}
+    dry = [LONGER, "--dry_run"]
+    guided = ["--config.objective.cfg_scale=2.0", "--config.objective.class_dropout=0.1"]
+    calls = {name: flags for name, (flags, _) in WRONG.items()}
+    calls |= {"dry run": dry, "guided dry run": [*dry, *guided]}
     workdirs = {name: table[0] if name in ON_THE_TABLE else folder for name in calls}
     commands = [[SMALL, f"--workdir={workdirs[name]}", *flags] for name, flags in calls.items()]
     return dict(zip(calls, in_turn("table1", *commands), strict=True)), folder
@@ -402,6 +405,16 @@ def test_a_dry_run_prints_and_nothing_refused_writes(called):
     answers, folder = called
     assert answers["dry run"]["status"] == 0 and "mean_flow" in answers["dry run"]["out"]
     assert list(folder.iterdir()) == []
+
+
+def test_a_scale_of_guidance_is_for_the_rows_that_are_guided(called):
+    answer = called[0]["guided dry run"]
+    assert answer["status"] == 0, answer["error"]
+    lines = [line.split() for line in answer["out"].splitlines()]
+    spent = {words[0]: float(words[-1].replace(",", "")) for words in lines if len(words) > 6}
+    assert spent["flow_matching"] == 3 * 32 and spent["consistency_training"] == (3 + 1) * 32
+    assert spent["shortcut"] == 3 * 32 + 2 * (8 + 8)  # any of the random sizes may be guided
+    assert spent["mean_flow"] == 3 * 32 + 2 * 8 + 32
 
 
 def test_ablations_without_metrics(run_quickly, tmp_path):
