@@ -122,11 +122,7 @@ class Model:
         _check_integer("num_steps", num_steps)
         _check_integer("seed", seed, low=0, high=2**32 - 1)
         spaces.check_files(self.setup.config)
-        try:
-            self.setup.objective.check_steps(int(num_steps))
-        except UserError as error:  # knows of eval.steps only
-            text = str(error).replace(f"eval.steps holds {num_steps}", f"num_steps={num_steps}")
-            raise UserError(text) from error
+        self.setup.objective.check_steps(int(num_steps), "num_steps")
         if num is not None:
             _check_integer("num", num)
         if num is not None and labels is not None:

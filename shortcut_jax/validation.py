@@ -80,10 +80,7 @@ def validate(config: ConfigDict, image_shape: tuple[int, int, int]) -> None:
     )
     for name in ("steps", "steps_in_loop"):
         for steps in config.eval[name]:
-            try:
-                objective.check_steps(steps)
-            except UserError as error:  # knows of eval.steps only
-                raise UserError(str(error).replace("eval.steps", f"eval.{name}", 1)) from error
+            objective.check_steps(steps, f"eval.{name}")
 
 
 def check_devices(config: ConfigDict, num_devices: int, num_slices: int = 1) -> tuple[int, int]:

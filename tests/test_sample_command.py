@@ -123,7 +123,7 @@ def refused(in_turn, workdir, tmp_path_factory):
 
 
 WRONG = [
-    (["--steps=1,3"], ("--steps=3;", "1, 2, 4, 8, 16, 32, 64, 128")),
+    (["--steps=1,3"], ("--steps holds 3;", "1, 2, 4, 8, 16, 32, 64, 128")),
     (["--steps=1,x"], ("--steps=1,x", "whole numbers", "--steps=1,4")),
     (["--labels=3,10"], ("--labels=[3, 10]", "0 to 9")),
     (["--labels=dog"], ("--labels=dog", "whole numbers")),
@@ -153,5 +153,5 @@ def test_a_refusal_is_one_sentence_and_status_2(sample, tmp_path):
     done = sample("--steps=5", f"--out={tmp_path}/s.png")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: --steps=5; ")
+    assert len(lines) == 1 and lines[0].startswith("error: --steps holds 5; ")
     assert not list(tmp_path.iterdir())

@@ -214,8 +214,8 @@ def test_guidance_may_change_only_where_it_is_applied_while_sampling(load):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        ({"num_steps": 3}, ("num_steps=3;", "1, 2, 4, 8.")),
-        ({"num_steps": 16}, ("num_steps=16;", "denoise_timesteps=8")),
+        ({"num_steps": 3}, ("num_steps holds 3;", "1, 2, 4, 8.")),
+        ({"num_steps": 16}, ("num_steps holds 16;", "denoise_timesteps=8")),
         ({"num_steps": 0}, ("num_steps=0", "from 1")),
         ({"num_steps": 4.0}, ("num_steps=4.0", "whole number")),
         ({"num_steps": 1, "labels": [0, 10]}, ("labels=[0, 10]", "0 to 9", "digits")),
@@ -238,8 +238,10 @@ def test_samples_that_cannot_be_drawn(arguments, fragments, load):
 def test_interpolations_that_cannot_be_drawn(load):
     model = shortcut(load)
     for arguments, fragment in [
-        ({"num": 1}, "num=1"), ({"label": 10}, "labels=[10]"), ({"num_steps": 3}, "num_steps=3;")
-    ]:  # fmt: skip
+        ({"num": 1}, "num=1"),
+        ({"label": 10}, "labels=[10]"),
+        ({"num_steps": 3}, "num_steps holds 3;"),
+    ]:
         with pytest.raises(UserError) as refused:
             model.interpolate(**arguments)
         assert fragment in str(refused.value)

@@ -41,7 +41,7 @@ def check_grid(setup: run.Setup, grid: Grid) -> None:
     for name in grid.params:
         averages.check_name(name, "--params")
     for num_steps in grid.steps:
-        objective.check_steps(num_steps)
+        objective.check_steps(num_steps, "--steps")
     for scale in grid.cfg_scales:
         steps = grid.steps or setup.config.eval.steps
         guided = [n for n in steps if objective.guided(n)]

@@ -168,10 +168,22 @@ class Objective(abc.ABC):
         """
         return jnp.ones_like(row_loss)
 
-    def check_steps(self, num_steps: int) -> None:
-        """Refuses a number of sampling steps that the method is not defined for (UserError)."""
-        if num_steps < 1:
-            raise UserError(f"eval.steps holds {num_steps}; a number of steps is at least 1.")
+    def check_steps(self, num_steps: int, key: str = "eval.steps") -> None:
+        """Refuses a number of sampling steps that the method is not defined for.
+
+        Args:
+          num_steps: the number.
+          key: of the config, flag or argument that holds it.
+
+        Raises:
+          UserError: it is not.
+        """
+        if why := self.refusal(num_steps):
+            raise UserError(f"{key} holds {num_steps}; {why}.")
+
+    def refusal(self, num_steps: int) -> str:
+        """Why the method is not defined for so many sampling steps, "" if it is."""
+        return "" if num_steps >= 1 else "a number of steps is at least 1"
 
     @abc.abstractmethod
     def guided(self, num_steps: int) -> bool:

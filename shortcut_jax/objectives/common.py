@@ -124,14 +124,15 @@ def rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(x**2))
 
 
-def check_power_of_two(num_steps: int, m: int, method: str) -> None:
-    """Refuses numbers of sampling steps that are no power of two up to M (UserError)."""
-    if not 1 <= num_steps <= m or num_steps & (num_steps - 1):
-        raise UserError(
-            f"eval.steps holds {num_steps}; {method} takes a power of two of steps from 1 to "
-            f"objective.denoise_timesteps={m}: one of "
-            f"{', '.join(str(2**i) for i in range(m.bit_length()))}."
-        )
+def not_a_power_of_two(num_steps: int, m: int, method: str) -> str:
+    """Why a number of sampling steps that is no power of two up to M is none, "" if it is."""
+    if 1 <= num_steps <= m and not num_steps & (num_steps - 1):
+        return ""
+    sizes = ", ".join(str(2**i) for i in range(m.bit_length()))
+    return (
+        f"{method} takes a power of two of steps from 1 to objective.denoise_timesteps={m}: "
+        f"one of {sizes}"
+    )
 
 
 def check_denoise_timesteps(m: int) -> None:

@@ -52,8 +52,8 @@ class Consistency(base.Objective):
         scalars = {"bootstrap_target_rms": target, "next_velocity_rms": v_next}
         return targets, {name: common.rms(v) for name, v in scalars.items()}
 
-    def check_steps(self, num_steps):
-        common.check_power_of_two(num_steps, self.denoise_timesteps, "a consistency model")
+    def refusal(self, num_steps):
+        return common.not_a_power_of_two(num_steps, self.denoise_timesteps, "a consistency model")
 
     def guided(self, num_steps):
         return False

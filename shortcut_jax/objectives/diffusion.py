@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shortcut_jax.errors import UserError
 from shortcut_jax.objectives import base, common
 from shortcut_jax.objectives.base import rows
 
@@ -63,12 +62,10 @@ class Diffusion(base.Objective):
         )
         return targets, {}
 
-    def check_steps(self, num_steps):
-        if not 1 <= num_steps <= NUM_TIMESTEPS:
-            raise UserError(
-                f"eval.steps holds {num_steps}; diffusion takes 1 to {NUM_TIMESTEPS} steps, which "
-                "is how many noise levels it is trained on."
-            )
+    def refusal(self, num_steps):
+        if 1 <= num_steps <= NUM_TIMESTEPS:
+            return ""
+        return f"diffusion takes 1 to {NUM_TIMESTEPS} steps, its number of noise levels"
 
     def guided(self, num_steps):
         return True

@@ -94,8 +94,9 @@ class ProgressiveDistillation(base.Objective):
 
         return step
 
-    def check_steps(self, num_steps):
-        common.check_power_of_two(num_steps, self.denoise_timesteps, "progressive distillation")
+    def refusal(self, num_steps):
+        method = "progressive distillation"
+        return common.not_a_power_of_two(num_steps, self.denoise_timesteps, method)
 
     def guided(self, num_steps):
         return False

@@ -215,8 +215,8 @@ class Shortcut(base.Objective):
 
     # ------------------------------------------------------------------ sampling (Algorithm 2)
 
-    def check_steps(self, num_steps):
-        common.check_power_of_two(num_steps, self.denoise_timesteps, "a shortcut model")
+    def refusal(self, num_steps):
+        return common.not_a_power_of_two(num_steps, self.denoise_timesteps, "a shortcut model")
 
     def guided(self, num_steps):
         return num_steps >= self.denoise_timesteps  # only the d = 0 network is not yet guided

@@ -71,9 +71,7 @@ def _sampling(objective: Objective) -> dict[str, Any]:
     """The rule of a step, and for each number of steps the d to ask with and the guidance."""
     steps = {}
     for n in (2**i for i in range(8)):
-        try:
-            objective.check_steps(n)
-        except UserError:
+        if objective.refusal(n):
             continue
         explicit = objective.cfg_scale == 0 or objective.guided(n)
         steps[str(n)] = {

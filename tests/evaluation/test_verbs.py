@@ -184,7 +184,7 @@ BAD = {
     ),
     "no source": (["ref", "--out=a.npz"], ("--config", "--images", "give one")),
     "no file": (["ref", SMALL], ("--out=None", "expected an .npz")),
-    "steps": (["run", "RUN", "--steps=3"], ("3", "power of two")),
+    "steps": (["run", "RUN", "--steps=3"], ("--steps holds 3", "power of two")),
     "no numbers": (["run", "RUN", "--steps=one"], ("--steps=one", "not a list of numbers")),
     "parameters": (["run", "RUN", "--params=best"], ("--params='best'", "ema, online")),
     "untracked": (["run", "RUN", "--params=ema_0.5"], ("ema_0.5", "ema, online")),
