@@ -49,7 +49,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Makes the folder and tries to write in it, because sampling first may take hours.
+    """Makes the folder and tries to write in it, before work that may take hours.
 
     Raises:
       UserError: it cannot be written.
