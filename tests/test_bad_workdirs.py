@@ -208,6 +208,12 @@ def test_fewer_steps_than_done(trained, data_dir, tmp_path):
     assert_sentence(str(error.value), ("checkpoints/2", "total_steps=1", "at least 2"))
 
 
+def test_more_steps_than_done_are_recorded(trained, data_dir, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    train.train(tiny(data_dir, total_steps=3), workdir)
+    assert run.read_config(workdir)["total_steps"] == run.finished_step(workdir) == 3
+
+
 @pytest.mark.parametrize("objective", ["progressive_distillation", "consistency_training"])
 def test_another_length_of_a_staged_run(trained, data_dir, tmp_path, objective):
     """Where its stages begin depends on the last step, whatever the learning rate does."""
