@@ -1,5 +1,6 @@
 """Downloads from a server on this machine: what arrives, what is continued, what is refused."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
@@ -39,7 +40,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: cls.cut_after])
+        with contextlib.suppress(ConnectionError):  # of a client that has seen enough
+            self.wfile.write(body[: cls.cut_after])
 
     def log_message(self, *args):
         pass
