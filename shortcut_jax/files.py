@@ -48,20 +48,27 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing_to(flag: str, folder: Path) -> Iterator[None]:
+    """Makes a UserError of an OSError inside: the folder that a flag names cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
+            "created and written to: choose another one or mend its permissions."
+        ) from error
+
+
 def check_writable(flag: str, folder: Path) -> None:
     """Makes the folder and tries to write in it, before work that may take hours.
 
     Raises:
       UserError: it cannot be written.
     """
-    try:
+    with writing_to(flag, folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(
-            f"{flag}: the folder {folder} cannot be written ({error}); expected one that can be "
-            "created and written to: choose another one or mend its permissions."
-        ) from error
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -29,7 +29,13 @@ from shortcut_jax import (
 from shortcut_jax import config as config_lib
 from shortcut_jax.data.sources import Dataset
 from shortcut_jax.errors import UserError
-from shortcut_jax.files import check_writable, read_json, remove_leftovers, write_atomically
+from shortcut_jax.files import (
+    check_writable,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+    writing_to,
+)
 from shortcut_jax.models import attention
 from shortcut_jax.models.dit import DiT
 from shortcut_jax.objectives import Objective
@@ -170,20 +176,26 @@ def claim_workdir(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
         _refuse_differences(read_config(workdir), config_lib.flatten(config), str(path))
     if jax.process_index() == 0:
         check_writable("--workdir", path.parent)
-        for folder in (path.parent, path.parent / "eval"):
-            remove_leftovers(folder)
+        with writing_to("--workdir", path.parent):
+            for folder in (path.parent, path.parent / "eval"):
+                remove_leftovers(folder)
         if not has_checkpoint(workdir):
             record_config(config, workdir)
 
 
 def record_config(config: ConfigDict, workdir: str | os.PathLike[str]) -> None:
-    """Writes config.json, as process 0; a run that has more steps to do than it did is no longer
-    finished."""
+    """Writes config.json, as process 0; a run that has more steps to do is no longer finished.
+
+    Raises:
+      UserError: the workdir cannot be written.
+    """
     if jax.process_index() == 0:
-        if (finished_step(workdir) or 0) < config.total_steps:
-            (Path(workdir) / FINISHED).unlink(missing_ok=True)
+        folder = Path(workdir)
         flat = json.dumps(config_lib.flatten(config), indent=1, sort_keys=True)
-        write_atomically(Path(workdir) / "config.json", flat.encode())
+        with writing_to("--workdir", folder):
+            if (finished_step(workdir) or 0) < config.total_steps:
+                (folder / FINISHED).unlink(missing_ok=True)
+            write_atomically(folder / "config.json", flat.encode())
 
 
 def has_checkpoint(workdir: str | os.PathLike[str]) -> bool:

@@ -1,11 +1,12 @@
 """What fails under a training run ends it, with what was saved before left whole."""
 
+import errno
 import resource
 
 import pytest
 
 from configs import digits
-from shortcut_jax import checkpoint, state, train
+from shortcut_jax import checkpoint, run, state, train
 from shortcut_jax.errors import UserError
 from shortcut_jax.evaluation import measuring
 from tests.sentences import assert_sentence
@@ -27,6 +28,17 @@ def test_a_workdir_that_cannot_be_written(config, monkeypatch):
     with pytest.raises(UserError) as error:
         train.train(config, "/proc/shortcut_jax")  # where not even root can make a folder
     assert_sentence(str(error.value), ["--workdir", "/proc/shortcut_jax", "cannot be written"])
+
+
+@pytest.mark.parametrize("write", [run.claim_workdir, run.record_config])
+def test_a_disk_without_room_for_the_config_is_a_sentence(config, tmp_path, monkeypatch, write):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "write_atomically", full)
+    with pytest.raises(UserError) as error:
+        write(config, tmp_path)
+    assert_sentence(str(error.value), ["--workdir", str(tmp_path), "No space left", "choose"])
 
 
 @pytest.mark.slow
